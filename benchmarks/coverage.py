@@ -7,7 +7,8 @@ Train a network without each of some sources, then measure the error of counts o
         --size 128 --threads 1 --source consep=.29 …      # the starter's shares, without tnbc
     python -m benchmarks.coverage --data nuclei/ tnbc=runs/without_tnbc/checkpoint.pt … -o coverage.json
 
-`--images` limits the number of images of a source, drawn at random. Results are added to an existing file.
+`--images` limits the number of images of a source, drawn at random. Results are added to an existing file. Without
+checkpoints, the intervals in that file are fitted and tried again from the numbers of nuclei that it holds.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import find_package
 from hover_batch.model.predict import Predictor
 from hover_batch.taxonomy import Taxonomy
+from hover_batch.uncertainty import CountError
 from kd.data.classes import fully_annotated
 from kd.data.datasets import MPP, read_data
 from kd.data.samples import Sample
 from kd.evaluation.calibrate import calibrate
-from kd.evaluation.measured_errors import MIN_IMAGES, fit_uncertainty, paired_images, tried_on
+from kd.evaluation.count_error import CountedImage, fit_count_error
+from kd.evaluation.measured_errors import MIN_IMAGES, paired_images, tried_on
 from kd.training.config import STARTER_SHARES
 from kd.training.initial_weights import build_network
 from kd.training.state import read_checkpoint
@@ -43,18 +46,27 @@ from kd.training.state import read_checkpoint
 def main() -> None:
     """Read the arguments, and write the results of all sources."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("left_out", nargs="+", metavar="SOURCE=CHECKPOINT")
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("left_out", nargs="*", metavar="SOURCE=CHECKPOINT")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--images", type=int, default=10**6)
     parser.add_argument("-o", "--output", type=Path, required=True)
     given = parser.parse_args()
     sources = (read_json(given.output) or {}).get("sources", {})
+    if not given.left_out:
+        write(given.output, {source: refitted(result) for source, result in sources.items()})
     for item in given.left_out:
         source, _, checkpoint = item.partition("=")
         sources[source] = measure(source, Path(checkpoint), given.data, given.images)
-        report = {"sources": sources, "pooled": pooled(list(sources.values()))}
-        write_atomically(given.output, json.dumps(report, indent=1, allow_nan=False) + "\n")
-        print(source, sources[source]["coverage"], report["pooled"], flush=True)
+        write(given.output, sources)
+
+
+def write(output: Path, sources: dict[str, Any]) -> None:
+    """Write the results of all `sources`, and print the coverage of each and of all together."""
+    report = {"sources": sources, "pooled": pooled(list(sources.values()))}
+    write_atomically(output, json.dumps(report, allow_nan=False) + "\n")
+    for source, result in sources.items():
+        print(f"{source}: {result['coverage']}, {result['total']}")
+    print(report["pooled"], flush=True)
 
 
 def measure(source: str, checkpoint: Path, data: Path, most: int) -> dict[str, Any]:
@@ -84,16 +96,43 @@ def measure(source: str, checkpoint: Path, data: Path, most: int) -> dict[str, A
     queue = iter(val)
     constants = calibrate(lambda image: maps[next(queue).image_sha256], val).constants
     fitted_on, tested_on = paired(val), paired([unseen[i] for i in chosen])
-    error = fit_uncertainty(fitted_on).count
-    assert error is not None
-    hits = [hit for image in tested_on if (hit := image.count.is_covered(error)) is not None]
     return {
         "steps": saved["step"],
-        "count_error": error.to_json(),
-        "fitted_on": [asdict(image.count) for image in fitted_on],
-        "tested_on": [asdict(image.count) for image in tested_on],
+        **intervals([image.count for image in fitted_on], [image.count for image in tested_on]),
         "evidence": {"val": tried_on(fitted_on, fitted_on), "unseen": tried_on(tested_on, fitted_on)},
+    }
+
+
+def refitted(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored `result` of a source with intervals that are fitted again, and their coverage."""
+    images = {name: [CountedImage(**row) for row in result[name]] for name in ("fitted_on", "tested_on")}
+    again = result | intervals(images["fitted_on"], images["tested_on"])
+    error = CountError.from_json(again["count_error"])
+    for part, name in (("val", "fitted_on"), ("unseen", "tested_on")):
+        for source, found in again["evidence"][part].items():
+            hits = [image.is_covered(error) for image in images[name] if image.source == source]
+            found |= {"covered": hits.count(True), "of": len(hits) - hits.count(None)}
+    return again
+
+
+def intervals(fitted_on: Sequence[CountedImage], tested_on: Sequence[CountedImage]) -> dict[str, Any]:
+    """Return the error of counts in the images `fitted_on`, and how its intervals hold on each of `tested_on`.
+
+    `total`: the same for all of `tested_on` together, as slides of one source: the interval of true ÷ counted nuclei.
+    """
+    error = fit_count_error(fitted_on)
+    assert error is not None
+    hits = [hit for image in tested_on if (hit := image.is_covered(error)) is not None]
+    counted = sum(image.predicted for image in tested_on)
+    interval = error.interval([(image.predicted, image.mm2) for image in tested_on])
+    assert interval is not None
+    low, high = interval
+    return {
+        "count_error": error.to_json(),
+        "fitted_on": [asdict(image) for image in fitted_on],
+        "tested_on": [asdict(image) for image in tested_on],
         "coverage": coverage(sum(hits), len(hits)),
+        "total": {"low": low / counted, "high": high / counted, "true": sum(i.true for i in tested_on) / counted},
     }
 
 

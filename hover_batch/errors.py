@@ -3,7 +3,7 @@
 ::
 
     HoverBatchError            exit code 1 unless a subclass overrides it
-    ├── InputError             2: invalid input: CSV, settings, paths, headers; the message names the remedy
+    ├── InputError             2: invalid input: CSV, settings, paths, headers, no Ray; the message names the remedy
     │   └── SettingsChanged    2: the output folder holds results made with other settings
     ├── SlideError             3: one slide cannot be opened or processed; the cohort continues
     │   └── SlideQuarantined   3: workers crashed repeatedly on it; skipped until the user asks for a retry
@@ -56,7 +56,7 @@ class HoverBatchError(Exception):
 
 
 class InputError(HoverBatchError):
-    """Invalid input by the user, usually found before anything runs."""
+    """Invalid input by the user, or a machine on which the command cannot start; usually found before anything runs."""
 
     exit_code = 2
 

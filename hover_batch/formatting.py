@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,20 @@ def duration(seconds: float) -> str:
 def listed(names: Collection[str]) -> str:
     """Join the first LISTED of `names` with commas, followed by an ellipsis if there are more."""
     return ", ".join(islice(names, LISTED)) + (", …" if len(names) > LISTED else "")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """Return the name in `known` that is most similar to `name`; "" if none is similar."""
+    return next(iter(get_close_matches(name, known, 1)), "")
+
+
+def suggestion(name: str, known: Collection[str], prefix: str = "") -> str:
+    """Return `; did you mean …?` with the name in `known` that is most similar to `name`; "" if none is similar.
+
+    `prefix`: text in front of the name that is found.
+    """
+    similar = nearest(name, known)
+    return f"; did you mean {prefix}{similar}?" if similar else ""
 
 
 def plain_console(**options: Any) -> Console:

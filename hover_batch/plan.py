@@ -23,6 +23,8 @@ from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.headers import SlideInfo, peek
 from hover_batch.slide.pixel_size import check_mpp, warnings_of
 from hover_batch.slide.remote import RemoteInfo, remote_info
+from hover_batch.slide.tiles import tiles_near
+from hover_batch.slide.tissue import TissueMask, read_given_mask
 from hover_batch.taxonomy import Taxonomy
 
 STORE_BYTES_PER_PIXEL = 4.0
@@ -59,7 +61,8 @@ class PlannedSlide:
     grid: Grid | None
     """Inference grid; None for a slide in cloud storage."""
     tiles: int
-    """Number of tiles that cover the canvas, the upper bound of what is predicted; 0 for a slide in cloud storage."""
+    """Number of tiles that cover the canvas, or the given mask: the upper bound of what is predicted. 0 for a slide in
+    cloud storage."""
     stored: StoredMaps | None = None
     """Maps from which a new table is made; nothing is predicted, and the slide is not opened. None for a normal run."""
 
@@ -100,9 +103,9 @@ class Plan:
     def lines(self, settings: Settings, card: Card) -> list[str]:
         """Return the plan as lines of text for the user.
 
-        The numbers of tiles and pixels are upper bounds for whole canvases, since tissue is found only during the run.
-        Disk space and time are estimated from them. Slides in cloud storage are listed, but their tiles and pixels are
-        not counted.
+        The numbers of tiles and pixels are upper bounds, since tissue is found only during the run: they are those of
+        whole canvases, or of the masks that the cohort gives. Disk space and time are estimated from them. Slides in
+        cloud storage are listed, but their tiles and pixels are not counted.
 
         `settings`: settings of the run. `card`: card of the model.
         """
@@ -121,12 +124,12 @@ class Plan:
             scaled = "" if grid.size == size else f" → {grid.size.width} × {grid.size.height} at {grid.mpp} µm"
             lines.append(
                 f"  {slide.record.slide_id}: {size.width} × {size.height} px at {slide.info.mpp} µm{scaled}, "
-                f"≤ {slide.tiles:,} tiles"
+                f"≤ {slide.tiles:,} tiles{' in its mask' if slide.record.mask_path else ''}"
             )
             lines += [f"    warning: {w}" for w in slide.info.warnings]
         lines += [f"  {record.slide_id}: will fail: {reason}" for record, reason in self.unreadable]
         lines += [f"  row {fault.row}: left out: {fault.message}" for fault in self.cohort.faults]
-        pixels = sum(slide.pixels for slide in self.slides)
+        pixels = sum(min(slide.pixels, slide.tiles * card.tile_out**2) for slide in self.slides)
         cores = settings.infer.threads or os.cpu_count() or 1
         seconds = pixels / 1e6 / MPX_PER_CORE_SECOND / cores
         store = 0.0 if settings.output.discard_predictions else pixels * STORE_BYTES_PER_PIXEL
@@ -198,6 +201,7 @@ def _plan(cohort: Cohort, card: Card, remote_infos: dict[int, Future[RemoteInfo]
     for record in cohort.records:
         wrong: list[str] = []
         info: SlideInfo | RemoteInfo | None = None
+        mask: TissueMask | None = None
         reason = ""
         with _collected(wrong):
             if record.mpp is not None:
@@ -214,6 +218,8 @@ def _plan(cohort: Cohort, card: Card, remote_infos: dict[int, Future[RemoteInfo]
             if record.mask_path is not None:
                 canvas = (info.level0, info.bounds) if isinstance(info, SlideInfo) else ()
                 warnings += [f"{record.slide_id}: {w}" for w in check_mask(record.mask_path, *canvas)]
+                if isinstance(info, SlideInfo):
+                    mask = read_given_mask(record.mask_path, info)
         faults += [RowFault(record.row, record.slide_id, message) for message in wrong]
         if wrong:
             continue
@@ -223,7 +229,10 @@ def _plan(cohort: Cohort, card: Card, remote_infos: dict[int, Future[RemoteInfo]
             slides.append(PlannedSlide(record, info, None, 0))
         else:
             grid = Grid.over(info.level0, info.mpp, card.mpp)
-            tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
+            if mask is None:
+                tiles = sum(1 for _ in grid.size.box.cells(card.tile_out))
+            else:
+                tiles = int(tiles_near(grid, mask, card.tile_out).sum())
             slides.append(PlannedSlide(record, info, grid, tiles))
     faulty = {fault.row for fault in faults}
     checked = replace(

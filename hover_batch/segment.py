@@ -162,7 +162,7 @@ def run_segment(
     else:
         package = find_package(settings.model)
         taxonomy = check_settings(settings, package.card)
-        settings = resolve_here(settings)
+        settings = resolve_here(settings, package.card)
         plan = plan_cohort(read_cohort(source) if isinstance(source, str) else source, package.card)
     if not skip_invalid:
         plan.raise_if_faulty()

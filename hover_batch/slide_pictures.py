@@ -20,11 +20,11 @@ THUMBNAIL_SIDE = 1024
 
 
 def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, float]:
-    """Draw thumbnail.jpg, the whole slide with the tissue's outline, and return the picture's measures by name.
+    """Draw thumbnail.jpg, the slide with its tissue outlined. Return the measures of the picture and the mask by name.
 
-    The names are ink, brown, chroma and dark (see `picture_measures`). If `reader` is None, the thumbnail and its
-    measures are copied from the run that stored the maps. Then a missing thumbnail is ignored, and measures that an
-    older version of hover-batch did not store are left out.
+    The names are ink, brown, chroma and dark (PICTURE_MEASURES) and, for a given mask, mask_on_tissue. If `reader` is
+    None, the thumbnail and its measures are copied from the run that stored the maps. Then a missing thumbnail is
+    ignored, and measures that an older version of hover-batch did not store are left out.
 
     `work`: slide to draw. `reader`: reader of the slide; None for stored maps.
 
@@ -35,12 +35,13 @@ def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, flo
         if work.maps.thumbnail_jpg.is_file():
             shutil.copyfile(work.maps.thumbnail_jpg, layout.thumbnail_jpg)
         measured = (read_json(work.maps.slide_json) or {}).get("quality", {})
-        return {name: measured[name] for name in PICTURE_MEASURES if name in measured}
+        return {name: measured[name] for name in (*PICTURE_MEASURES, "mask_on_tissue") if name in measured}
     image = reader.thumbnail(THUMBNAIL_SIDE)
     view = View(image, 0, 0, canvas.width / image.shape[1], canvas.height / image.shape[0])
     rings = [ring for polygon in work.mask.polygons().geoms for ring in (polygon.exterior, *polygon.interiors)]
     write_thumbnail(layout.thumbnail_jpg, view, [np.asarray(ring.coords) for ring in rings])
-    return picture_measures(image, view.scale_x * work.info.mpp.x)
+    measures = picture_measures(image, view.scale_x * work.info.mpp.x)
+    return measures if work.mask_on_tissue is None else measures | {"mask_on_tissue": work.mask_on_tissue}
 
 
 def draw_overlay(work: SlideWork, reader: SlideReader | None) -> None:

@@ -18,8 +18,9 @@ from hover_batch.model.card import Card
 from hover_batch.model.package import Package
 from hover_batch.nuclei.table import SCHEMA_VERSION, TableContext
 from hover_batch.plan import PlannedSlide, StoredMaps
+from hover_batch.quality.flags import flag_slides
 from hover_batch.sampling.estimate import Sample
-from hover_batch.slide.doubts import doubts_of_levels, doubts_of_mask
+from hover_batch.slide.doubts import doubts_of_levels, share_on_tissue
 from hover_batch.slide.given_mask import check_mask
 from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
 from hover_batch.slide.staging import Copies
@@ -59,6 +60,8 @@ class SlideWork:
     """Content of the slide's key.json when the work began; see `refuse_if_taken_over`."""
     stored: StoredMaps | None = None
     """Maps that another run stored, from which new tables are made; None if this run predicts the slide."""
+    mask_on_tissue: float | None = None
+    """Fraction of the given mask that lies on detected tissue; None without a given mask, or if the maps are stored."""
     sample: Sample | None = None
     """Sample whose clusters are the `units`, if the density is estimated from them; None for the whole slide."""
 
@@ -176,6 +179,7 @@ def survey(
     the mask or a survey.json cannot be read.
     """
     key_content = layout.key_json.read_bytes()
+    on_tissue: float | None = None
     if slide.stored is not None:
         path = slide.stored.layout.survey_json
         info, mask = read_info(path), read_tissue(path)
@@ -190,12 +194,17 @@ def survey(
                 raise SlideError(
                     f"{mask_path}: the mask was replaced or changed after the run began; repeat the segment command"
                 )
-            info = replace(info, warnings=(*info.warnings, *doubts_of_mask(reader, mask, settings.tissue)))
+            on_tissue = share_on_tissue(reader, mask, settings.tissue)
+            # A warning, too, since slides that are only estimated have no flags.
+            flags = flag_slides({"": {"quality": {"mask_on_tissue": on_tissue}}})[""]
+            info = replace(info, warnings=(*info.warnings, *(flag.sentence for flag in flags)))
         info = replace(info, warnings=(*info.warnings, *doubts_of_levels(reader)))
     write_survey(layout.survey_json, info, mask)
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)
-    return SlideWork(slide.record, info, grid, mask, units, package, settings, layout, key_content, slide.stored)
+    return SlideWork(
+        slide.record, info, grid, mask, units, package, settings, layout, key_content, slide.stored, on_tissue
+    )
 
 
 def refuse_if_taken_over(work: SlideWork) -> None:

@@ -15,6 +15,7 @@ from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.architectures import architecture
 from hover_batch.model.card import Card
+from hover_batch.model.heads import JOINED_SYSTEMS
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import find_package, save_package
 from hover_batch.model.predict import Predictor
@@ -53,7 +54,8 @@ NOT_CALIBRATED = "none, because there are no validation images: the Sobel consta
 def package_path(config: TrainConfig) -> Path:
     """Return the path of the package in the output folder of the training with the settings `config`.
 
-    The name is student (U-Net), teacher (HoVerNet) or that of the system, with the suffix .safetensors.
+    Its name is student.safetensors for a U-Net, teacher.safetensors for a HoVerNet, and dist.safetensors or
+    micronet.safetensors for the other systems.
     """
     names = {"unet": "student", "hovernet-fast": "teacher", "hovernet-original": "teacher"}
     return config.out / f"{names.get(config.model, config.model)}.safetensors"
@@ -63,10 +65,12 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     """Write the weights of a training checkpoint as a package. Return its path and scores as text for the user.
 
     The Sobel constants are found on those images of the validation folds in which all nuclei are outlined; without any,
-    the starter's constants are used, and the card says so. The card also has the limits that flag unusual slides, the
-    errors measured on these images, and scores on the validation folds and, if the network was trained only on the fold
-    train, on the fold test. They are computed with the packaged weights (students: float16). This takes minutes;
-    progress is printed to stdout.
+    the starter's constants are used, and the card says so. Systems other than HoVerNet's have no Sobel constants. The
+    limits that flag unusual slides are from the same images.
+
+    The card also has scores and measured errors on the validation folds and, if the network was trained only on the
+    fold train, on the fold test. They are computed with the packaged weights (students: float16). This takes minutes.
+    Progress is printed to stdout. On the CPU, torch's number of threads in this process is set.
 
     `checkpoint`: file that the training wrote. `data`: the annotated images of the training. `out`: package to write;
     missing folders are created, and an existing package is replaced. `threads`: threads of the network on the CPU; 0
@@ -115,6 +119,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         tile_in=tile_in,
         tile_out=tile_out,
         sobel={},
+        seam_exact=kind.system not in JOINED_SYSTEMS,
         licence=_licence(sources, record["teacher"]),
         training={
             "steps": saved["step"],
@@ -172,11 +177,13 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
     """Return a copy of `card` with the best Sobel constants for `network`, found on the fold val of `data`.
 
     The search is recorded in the card's metrics. Only sources that outline every nucleus are used. `network` is set to
-    evaluation mode, and may be moved to a GPU.
+    evaluation mode, and may be moved to a GPU. On the CPU, torch's number of threads in this process is set.
 
-    `network`: network with the weights of the model. `data`: annotated images, as for `read_data`.
+    `network`: network with the weights of the model. `card`: card of the model. `data`: annotated images, as for
+    `read_data`.
 
-    Raises InputError if the fold has no image of these sources, or the data cannot be read.
+    Raises InputError if the fold has no image of these sources, there are neither annotated nor predicted nuclei, or
+    the data cannot be read.
     """
     samples = fully_annotated(read_data(data, ["val"]).samples)
     if not samples:

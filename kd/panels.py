@@ -54,11 +54,11 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
 
 
 def panel(columns: Sequence[str], rows: Sequence[Sequence[Image]]) -> Image:
-    """Return a picture (y, x, 3) uint8 RGB of images in rows and columns on white, with the names of the columns above.
+    """Return a picture (y, x, 3) uint8 RGB of images in rows and columns on white, with column names above.
 
     Each row is as high as its highest image, and each column as wide as its widest.
 
-    `columns`: names of the columns. `rows`: one image (y, x, 3) uint8 RGB for each column.
+    `columns`: names of the columns. `rows`: for each row, one image (y, x, 3) uint8 RGB per column.
 
     Raises ValueError if a row does not have one image per column.
     """

@@ -57,7 +57,7 @@ class Split:
 
     @property
     def settings(self) -> dict[str, tuple[str, ...]]:
-        """Folds to train and validate on, by the names of the fields of `TrainConfig`."""
+        """Settings `train_folds` and `val_folds` of `TrainConfig`, each with one fold."""
         return {"train_folds": (self.train,), "val_folds": (self.val,)}
 
     @classmethod
@@ -85,9 +85,9 @@ class Grid:
     """Folds to train, validate and score on."""
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Yield the settings of each point, by the names of `TrainConfig.of`; None stands for the preset's value.
+        """Yield the settings of each point, by the names of `TrainConfig.of`; None means the preset's value.
 
-        The key `split` is the point's split; None if the grid has no splits. The last axis (split) varies fastest.
+        The key `split` is the point's split; None if the grid has no splits. The last axis, `split`, varies fastest.
         """
         axes: dict[str, Sequence[Any]] = {
             "encoder": self.encoders,
@@ -129,7 +129,10 @@ class Run:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Settings without folder and threads, and the inputs' hashes, as JSON values that identify the run."""
+        """Settings and hashes that identify the run, as JSON values by name.
+
+        They are the fields of `config` without `out` and `threads`, and the hashes in `inputs`.
+        """
         values = {name: value for name, value in asdict(self.config).items() if name not in ("out", "threads")}
         plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
         return plain | self.inputs
@@ -215,10 +218,11 @@ def runs_of(
 
 
 def hashes_of_inputs(data: Path, teacher: Path | None) -> dict[str, str]:
-    """Return the hashes of the data and, with a teacher, of its package: `data_sha256` and `teacher_sha256`.
+    """Return the hash of the data as `data_sha256` and, with a teacher, that of its package as `teacher_sha256`.
 
-    Runs with other hashes do not count as the same run. `data`: annotated images. `teacher`: folder written by `kd
-    teach`; None without distillation.
+    Runs with other hashes do not count as the same run.
+
+    `data`: annotated images. `teacher`: folder written by `kd teach`; None without distillation.
 
     Raises InputError if one of them cannot be read.
     """
@@ -232,13 +236,13 @@ def sweep(
     """Do all runs that are not done, write `out`/sweep.csv, and return the outcome of every run, in order.
 
     Interrupted runs are resumed, and failed ones retried. A failed run does not stop the others. `out` is created if it
-    is missing.
+    is missing. With the backend local, the runs are done in this process, one after the other (see `do_run`).
 
     `gpus_per_run`: fraction of a GPU for each run, if there are GPUs. `engine`: settings of the backend. `notify`:
     called with lines of progress.
 
-    Raises InputError if `out` cannot be created or the backend's resources are not available; OSError if sweep.csv
-    cannot be written.
+    Raises InputError if `out` cannot be created or the backend's resources are not available; HoverBatchError if Ray
+    does not start; OSError if sweep.csv cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -269,8 +273,9 @@ def do_run(run: Run) -> None:
     """Train a student, package it and score it. All files are written to the folder of `run`, which is created.
 
     An interrupted training is resumed. The settings are written first, to arguments.json, and the scores last, to
-    scores.json. stdout is appended to train.txt. The traceback of an unexpected error is appended there, too, because
-    the sweep reports only its first line.
+    scores.json. Meanwhile, the stdout of the process is appended to train.txt. The traceback of an unexpected error is
+    appended there, too, because the sweep reports only its first line. Settings of this process are changed as by
+    `train`.
 
     Errors of the training, the packaging and the scoring propagate. Raises OSError if a file cannot be written.
     """

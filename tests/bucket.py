@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import socketserver
 import threading
@@ -17,15 +18,22 @@ import pytest
 SECRET, KEY_ID = "planted-secret-key", "planted-key-id"
 
 
-@contextlib.contextmanager
-def s3_server(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[str]:
-    """HOST:PORT. The environment tells it, and the credentials, as a user's would."""
+@functools.cache
+def _started() -> str:
+    """HOST:PORT of a server that runs until the process ends: each stop takes half a second."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    host, port = server.get_host_and_port()
+    return f"{host}:{port}"
+
+
+@contextlib.contextmanager
+def s3_server(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[str]:
+    """HOST:PORT of a server without buckets. The environment tells it, and the credentials, as a user's would."""
+    address = _started()
     try:
-        host, port = server.get_host_and_port()
         settings = {
             "AWS_ACCESS_KEY_ID": KEY_ID,
             "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -35,12 +43,10 @@ def s3_server(monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[str]:
         }
         for name, value in settings.items():
             monkeypatch.setenv(name, value)
-        address = f"{host}:{port}"
         use(monkeypatch, address)
         reset(address)
         yield address
     finally:
-        server.stop()
         fsspec.filesystem("s3").clear_instance_cache()
 
 

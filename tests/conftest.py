@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.testing
 
 from hover_batch.executor.cluster import prepare_own_cluster
 
@@ -25,6 +27,9 @@ os.environ["HOVER_BATCH_BATCH"] = "2"
 
 # Tests must not depend on packages in the user's cache.
 os.environ["HOVER_BATCH_CACHE"] = "/dev/null/cache"
+
+# typer's runner would make all commands anew for each call, which takes longer than most calls.
+typer.testing._get_command = functools.lru_cache(typer.testing._get_command)
 
 # Ray keeps the environment at its import, and some tests import it without starting a cluster.
 prepare_own_cluster()

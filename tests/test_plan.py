@@ -100,6 +100,19 @@ def test_a_stretched_mask_is_warned_of(tmp_path: Path) -> None:
     assert warning.startswith("slide: ") and "stretched" in warning
 
 
+def test_only_the_tiles_of_a_mask_are_counted(tmp_path: Path) -> None:
+    array = np.zeros((1100, 2100, 3), np.uint8)
+    tifffile.imwrite(
+        tmp_path / "slide.tif", array, tile=(128, 128), resolution=(40_000, 40_000), resolutionunit="CENTIMETER"
+    )
+    mask = np.zeros((110, 210), np.uint8)
+    mask[40:60, 10:40] = 255  # 400 to 600 by 100 to 400, and 64 pixels around: tiles 1 and 2 by 0 and 1
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    lines = planned(tmp_path, "path,slide_id,mask_path\nslide.tif,a,mask.png\nslide.tif,b,\n").lines(Settings(), CARD)
+    assert lines[2].endswith("≤ 4 tiles in its mask") and lines[3].endswith("≤ 45 tiles")
+    assert lines[-1].startswith("at most: 49 tiles, 3 Mpx, ")
+
+
 def test_pixel_sizes_are_checked_by_the_nuclei(data: Path, tmp_path: Path) -> None:
     with (data / "nuclei" / "dataset.csv").open(newline="") as file:
         image = next(row["image"] for row in csv.DictReader(file) if row["sample_id"] == "cpm15_06")

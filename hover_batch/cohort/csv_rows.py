@@ -44,7 +44,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Name of the slide in messages: its slide_id, or else its path; empty if the row has neither.
+        """Name of the slide in messages: its slide_id or, if it has none, its path; "" if the row has neither.
 
         Credentials in a URL are redacted.
         """
@@ -55,10 +55,11 @@ class Row:
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     """Return the rows of the CSV file `path`, in order, and warnings for the user.
 
-    The first record is the header. Rows without a filled cell are skipped. Cells are not checked.
+    The first record is the header, in which column names and their aliases are recognised. Cells are separated by
+    commas, semicolons or tabs. Rows without a filled cell are skipped. The content of cells is not checked.
 
-    InputError if the file is not UTF-8 or not CSV, its header is invalid, or it has no rows; OSError if it cannot be
-    read.
+    InputError if the file is not UTF-8 or not CSV, its header is invalid or has no column path, or it has no rows;
+    OSError if it cannot be read.
     """
     lines = _csv_records(path)
     _, header = next(lines, (0, []))

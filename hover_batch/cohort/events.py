@@ -31,10 +31,12 @@ class EventLog:
     def append(self, event: str, **values: Any) -> None:
         """Append one line of JSON with `time` (UTC, ISO 8601), `event` and `values`, in this order.
 
-        The event is dropped if the disk is full, so that a run that waits for space does not end because of its log.
+        If the disk is full, the event is dropped, so that a run that waits for space does not end because of its log.
 
-        `event`: name of the event. `values`: its JSON values by name. OSError if the file cannot be written for another
-        reason, ValueError after `close`.
+        `event`: name of the event. `values`: its JSON values by name.
+
+        OSError if the file cannot be written for another reason, ValueError after `close`, TypeError if a value is not
+        JSON.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **values}) + "\n"
@@ -57,10 +59,12 @@ class EventLog:
 
 
 def stream_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of the log at `path`, oldest first, as dictionaries with `time`, `event` and values.
+    """Yield the events of the log at `path`, oldest first, as dictionaries with `time`, `event` and the event's values.
 
-    If the file does not exist, yield nothing. Another process may append meanwhile. Incomplete and corrupted lines are
-    skipped. OSError if the file cannot be read.
+    If the file does not exist, nothing is yielded. Another process may append events at the same time. Incomplete and
+    corrupted lines are skipped.
+
+    OSError if the file cannot be read.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115  (closed below)

@@ -98,7 +98,7 @@ class SlideLayout:
 
     @property
     def key_json(self) -> Path:
-        """File with the run key that the slide's unfinished work belongs to."""
+        """JSON file with the run key of the slide's unfinished work."""
         return self.folder / "key.json"
 
     @property
@@ -142,7 +142,7 @@ class SlideLayout:
 
     @property
     def tissue_geojson(self) -> Path:
-        """GeoJSON file with the outline of the tissue in which nuclei were searched for."""
+        """GeoJSON file with the outline of the tissue in which nuclei are searched for."""
         return self.folder / "tissue.geojson"
 
     @property
@@ -164,7 +164,7 @@ class SlideLayout:
 
     @property
     def overlay_jpg(self) -> Path:
-        """JPEG picture of the slide's densest field with the contours of its nuclei."""
+        """JPEG picture of the slide's field with the most nuclei, with their contours."""
         return self.folder / "overlay.jpg"
 
     @property
@@ -179,7 +179,7 @@ class SlideLayout:
 
     @property
     def sample(self) -> SampleLayout:
-        """Paths of the results of the slide's clusters, which are drawn to estimate its density (`--stop-at`)."""
+        """Paths of the slide's results when its density is estimated from clusters (`--stop-at`)."""
         return SampleLayout(self.root, self.slide_id)
 
     @property
@@ -194,7 +194,10 @@ class SlideLayout:
 
     @property
     def kept(self) -> tuple[Path, ...]:
-        """Paths of the slide's results that a user keeps, files or folders, slide.json last; not the working files."""
+        """Paths of the slide's results that a user keeps, files or folders, slide.json last.
+
+        Working files, such as markers and the prediction store, are not among them.
+        """
         return (
             self.nuclei_parquet,
             self.thumbnail_jpg,
@@ -208,9 +211,9 @@ class SlideLayout:
 
     @property
     def removal_order(self) -> tuple[Path, ...]:
-        """Paths of all the slide's results in the order of removal: markers before the data they refer to.
+        """Paths of all the slide's results in the order of removal, with markers before the data that they refer to.
 
-        An interrupted removal leaves no slide.json without its table, and no marker without its shard.
+        An interrupted removal therefore leaves no slide.json without its table, and no marker without its shard.
         """
         return (
             self.slide_json,
@@ -262,9 +265,9 @@ class SampleLayout(SlideLayout):
         return self.working / "clusters.json"
 
     def look_json(self, look: int) -> Path:
-        """Return the path of the file with the densities that were estimated after one batch of clusters, a look.
+        """Return the path of the file with the densities that are estimated after a further batch of clusters, a look.
 
-        `look`: number of the look, from 0; file names count from 1.
+        `look`: number of the look, from 0; the names of the files count from 1.
         """
         return self.working / f"look_{look + 1}.json"
 
@@ -285,7 +288,7 @@ class RunLayout:
 
     @property
     def lock(self) -> Path:
-        """Lock file; locked while a run writes to the folder, and never removed."""
+        """Lock file, which a run locks while it writes to the folder, and which is never removed."""
         return self.root / ".lock"
 
     @property
@@ -300,7 +303,7 @@ class RunLayout:
 
     @property
     def settings_toml(self) -> Path:
-        """File with the settings in effect, in the format of `--config`."""
+        """TOML file with the settings in effect, which can be given to `--config`."""
         return self.root / "settings.toml"
 
     @property
@@ -330,7 +333,7 @@ class RunLayout:
 
     @property
     def report_html(self) -> Path:
-        """First page of the report, written by the command `report`."""
+        """HTML file with the first page of the report, written by the command `report`."""
         return self.root / "report.html"
 
     @property

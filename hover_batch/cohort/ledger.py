@@ -102,7 +102,7 @@ class Ledger:
 
     @property
     def events(self) -> EventLog:
-        """Log of the run's changes of state; RuntimeError before `start`, and after the `with` block."""
+        """Log of the run's changes of state. RuntimeError before `start` and after the `with` block."""
         if self._events is None:
             raise RuntimeError("the log of events is open only after `start`, in the ledger's `with` block")
         return self._events
@@ -121,13 +121,14 @@ class Ledger:
     ) -> None:
         """Begin the run, or resume the one in the folder: write its files, open the event log and log the start.
 
-        The files are run.json (for a new run), settings.toml, versions.json and slides.csv. `settings`: those in
-        effect, with "auto" resolved. `schema_version`: version of the table's columns. `versions`: versions by package.
-        `command`: words of the command line. `force`: remove the results in the folder first. `run_keys`: run keys by
-        slide_id.
+        The files are run.json (for a new run), settings.toml, versions.json and slides.csv.
 
-        Unless `force` is set, SettingsChanged if the run in the folder has another model, results key or schema
-        version, or a finished slide has another run key than in `run_keys`. InputError if run.json is corrupted.
+        `settings`: settings in effect, with "auto" resolved. `model`: model of the run. `schema_version`: version of
+        the table's columns. `cohort`: slides of the run. `versions`: versions by package. `command`: words of the
+        command line. `force`: whether to remove the results in the folder first. `run_keys`: run keys by slide_id.
+
+        InputError if run.json is corrupted, OSError if a file cannot be written. Without `force`, SettingsChanged if
+        the run in the folder has another model, results key or schema version, or a finished slide has another run key.
         """
         identity = run_identity(model, settings.results_key(), schema_version)
         stored = self._read_run()
@@ -192,7 +193,7 @@ class Ledger:
     def clear(self) -> None:
         """Remove the results of the run and of all its slides; files that the layout does not name stay.
 
-        run.json stays until `start` replaces it, so that an interrupted removal still leaves the folder of a run.
+        run.json stays until `start` replaces it, in case of an interruption. OSError if a file cannot be removed.
         """
         layout = self.layout
         for slide in self._slides():
@@ -213,11 +214,11 @@ class Ledger:
         _remove_empty(slide.folder)
 
     def open_slide(self, slide_id: str, key: str) -> SlideLayout:
-        """Make the slide's folders for results with the run key `key`, and return its paths.
+        """Make the folders of a slide for results with the run key `key`, and return the slide's paths.
 
-        Unfinished work with this key stays; that of other keys is removed, and so are slide.json and estimate.json, so
-        that new ones can be written. Call it only if `is_done` and, with --stop-at, `is_estimated` are False for the
-        slide.
+        Unfinished work with this key stays; work with another key is removed. slide.json and estimate.json are always
+        removed, so that new ones can be written. Call it only if `is_done` and, with --stop-at, `is_estimated` are
+        False for the slide. OSError if a file cannot be written or removed.
         """
         slide = self.layout.slide(slide_id)
         key_content = to_json({"run_key": key})
@@ -235,7 +236,7 @@ class Ledger:
     def is_done(self, slide_id: str, key: str) -> bool:
         """Return whether the slide is finished: slide.json has the run key `key`, and the table has the recorded size.
 
-        If so, the slide counts as done from now on, in slides.csv and in the log's last event. Without a recorded size,
+        If so, the slide counts as done from now on, in slides.csv and in the log's last event. If no size is recorded,
         the table only has to exist. Its checksum is not compared, since that takes minutes for a large cohort. OSError
         if a file cannot be read.
         """
@@ -252,8 +253,8 @@ class Ledger:
     def is_estimated(self, slide_id: str, key: str, of: str, stop_at: float) -> bool:
         """Return whether the slide's density is estimated precisely enough, and the table of its clusters exists.
 
-        estimate.json must have the run key `key` and the density `of`, with an interval of at most ± `stop_at`. If so,
-        the slide counts as done from now on, in the log's last event. OSError if a file cannot be read.
+        estimate.json must have the run key `key`, and the density `of` (`nuclei` or a class) to within ± `stop_at`, a
+        fraction. If so, the slide counts as done in the log's last event. OSError if a file cannot be read.
         """
         slide = self.layout.slide(slide_id)
         stored = estimate_of(slide)
@@ -278,8 +279,8 @@ class Ledger:
     def write_slide_json(self, slide_id: str, key: str, values: Mapping[str, Any]) -> bool:
         """Declare the slide done: write slide.json with `values` (JSON), the slide_id and the run key, and log it.
 
-        Return whether it was written: False if it exists, because another writer finished first. Then that file stays
-        and nothing is logged, but the slide counts as done all the same. OSError if a file cannot be written.
+        Return True if it was written, and False if it exists, because another writer finished first. Then that file
+        stays and nothing is logged, but the slide still counts as done. OSError if a file cannot be written.
         """
         content = to_json({**values, "slide_id": slide_id, "run_key": key})
         written = write_first(self.layout.slide(slide_id).slide_json, content)
@@ -300,7 +301,7 @@ class Ledger:
         self.events.append("slide_failed", slide_id=slide_id, row=row, path=str(path), stage=stage, reason=reason)
 
     def quarantine(self, slide_id: str, key: str, stage: str, reason: str) -> None:
-        """Write quarantine.json for a slide one of whose tasks failed too often; an existing one is replaced.
+        """Write quarantine.json for a slide after one of its tasks failed too often; an existing file is replaced.
 
         The quarantine holds only for the run key `key`. `stage`: stage of the task. `reason`: message for failures.csv.
         OSError if the file cannot be written.
@@ -311,7 +312,7 @@ class Ledger:
     def quarantined(self, slide_id: str, key: str) -> tuple[str, str] | None:
         """Return (stage, reason) of the slide's quarantine; None if it is not quarantined for the run key `key`.
 
-        None, too, if quarantine.json is corrupted. OSError if it cannot be read.
+        A corrupted quarantine.json counts as none. OSError if the file cannot be read.
         """
         stored = read_json(self.layout.slide(slide_id).quarantine_json) or {}
         if stored.get("run_key") != key or "stage" not in stored or "reason" not in stored:
@@ -319,7 +320,7 @@ class Ledger:
         return stored["stage"], stored["reason"]
 
     def end_quarantine(self, slide_id: str) -> None:
-        """Remove the slide's quarantine.json, if there is one, so that the next start processes the slide again."""
+        """Remove quarantine.json, if any, so that the slide is processed again. OSError if it cannot be removed."""
         _remove(self.layout.slide(slide_id).quarantine_json)
 
     def failures(self) -> tuple[SlideFailure, ...]:
@@ -329,9 +330,8 @@ class Ledger:
     def finish(self, cohort: Cohort, model_busy: float | None = None, *, stopped: bool = False) -> None:
         """Write failures.csv and slides.csv at the end of the run, and log the end.
 
-        `cohort`: slides to list in slides.csv. `model_busy`: fraction (0 to 1) of the time in which the networks
-        computed; None if nothing was predicted. `stopped`: whether the run ended early. OSError if a file cannot be
-        written.
+        `cohort`: slides for slides.csv. `model_busy`: fraction (0 to 1) of the time in which networks computed; None if
+        nothing was predicted. `stopped`: whether the run ended early. OSError if a file cannot be written.
         """
         failures = self.failures()
         write_atomically(
@@ -344,7 +344,7 @@ class Ledger:
     def write_slides(self, records: Sequence[SlideRecord]) -> None:
         """Write slides.csv: the cohort's columns, extra ones included, and the row and status of each slide.
 
-        The status is done, estimated (from a part of the slide), failed (since the last start), begun (its folder holds
+        The status is done, estimated (from a part of the slide), failed (since the last start), begun (its folder has
         unfinished work) or pending. OSError if slides.csv cannot be written or a slide's files cannot be read.
         """
         extra = list(dict.fromkeys(name for record in records for name in record.extra))

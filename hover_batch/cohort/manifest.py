@@ -60,11 +60,12 @@ class Cohort:
 def read_cohort(source: str | Path) -> Cohort:
     """Read the cohort in `source`: a CSV, a folder of slides, a glob pattern, or a single slide.
 
-    Faults of rows are collected in the result, not raised. Paths in a CSV are relative to its folder. Each slide on
-    disk is only checked to exist and to be readable. GeoJSON masks are parsed, but not compared with their slides.
+    Faults of rows are collected in the result, not raised. Relative paths in a CSV are relative to its folder. Slides
+    on disk are only checked to exist and to be readable; those at URLs are not checked. Masks are only checked to be
+    JSON or PNG; they are not compared with their slides.
 
     InputError if no rows can be read: the source does not exist, cannot be read, is not a CSV, has an invalid or
-    ambiguous header, or lists nothing.
+    ambiguous header, or lists no slides.
     """
     if not str(source).strip():
         raise InputError("the cohort is an empty name: give a CSV, a folder of slides or a quoted glob")
@@ -88,10 +89,11 @@ def read_cohort(source: str | Path) -> Cohort:
 
 
 def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None = None) -> Cohort:
-    """Return a cohort of the slide at `path`, checked like a row of a CSV.
+    """Return a cohort of one slide, checked like a row of a CSV.
 
-    `path`: path or URL. `mpp`: pixel size of level 0 in µm; None to use the file's. `slide_id`: None to use the file's
-    stem or the folder's name.
+    `path`: path or URL of the slide; a relative path is relative to the working directory. `mpp`: pixel size of level 0
+    in µm; None to use the file's. `slide_id`: id of the slide; None to use the stem of the file's name or the name of
+    the folder.
 
     InputError if the slide has a fault; the message contains all its faults.
     """
@@ -104,7 +106,10 @@ def one_slide(path: str | Path, mpp: float | None = None, slide_id: str | None =
 
 
 def raise_if_faulty(cohort: Cohort) -> None:
-    """Raise InputError if the cohort has faults. Its message has a line for each fault and warning, and the remedy."""
+    """Raise InputError if the cohort has faults.
+
+    The message has a line for each fault and each warning, and the remedy.
+    """
     if not cohort.faults:
         return
     lines = [f"{cohort.source}: {counted(len(cohort.faults), 'fault')}, nothing was run"]

@@ -36,7 +36,7 @@ class Url:
 
     @classmethod
     def of(cls, text: str) -> Url | None:
-        """Return `text`, a cell of the cohort, as a URL; None if it has no scheme and is therefore a path."""
+        """Return `text`, a cell of the cohort, as a URL; None if it does not begin with a scheme, such as s3://."""
         return cls(text) if _SCHEME.match(text) else None
 
     @property
@@ -50,7 +50,11 @@ class Url:
     __repr__ = __str__
 
     def without_secrets(self, text: str) -> str:
-        """Return `text` with the credentials redacted in the URLs of this protocol that it contains."""
+        """Return `text`, such as an error message about this URL, with the credentials in its URLs removed.
+
+        These are the user and password before an @, and everything from a ? or # to the next space or quotation mark.
+        In abfs and wasb URLs, the name before the @ stays, since it is the container.
+        """
         if self.protocol in _CONTAINER:
             return _CONTAINER_SECRETS.sub(r"\1", text)
         if "://" not in text:
@@ -64,7 +68,7 @@ class Url:
 
     @property
     def stem(self) -> str:
-        """Name of the file at the URL without its last suffix; for a folder (the URL ends with /), the whole name."""
+        """Name of the file at the URL without its last suffix; if the URL ends with /, the whole name of the folder."""
         return self.name if str(self).endswith("/") else PurePosixPath(self.name).stem
 
 
@@ -116,10 +120,7 @@ class SlideRecord:
 
     @property
     def file(self) -> Path:
-        """Path of the slide on this machine.
-
-        AssertionError if the slide is at a URL: call `Copies.staged` first.
-        """
+        """Path of the slide on this machine. AssertionError if it is at a URL: enter `Copies.staged` first."""
         assert isinstance(self.path, Path)
         return self.path
 

@@ -71,10 +71,11 @@ def _named(layout: RunLayout, flag: str) -> str:
 
 
 def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
-    """Return the cohort's slides in the order of slides.csv; None if the file is not written yet.
+    """Return the cohort's slides in the order of slides.csv; None if the file has not been written yet.
 
-    `layout`: paths of the run. InputError if the file is corrupted or was edited so that it is invalid, OSError if it
-    cannot be read.
+    `layout`: paths of the run.
+
+    InputError if the file is corrupted or was edited so that it is invalid, OSError if it cannot be read.
     """
     content = read_file(layout.slides_csv)
     if content is None:
@@ -109,16 +110,19 @@ def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
 
 
 def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
-    """Return the paths of the cohort's slides by slide_id, in the order of slides.csv; empty if it is not written yet.
+    """Return the paths of the cohort's slides by slide_id, in the order of slides.csv.
 
-    `layout`: paths of the run. InputError if slides.csv is corrupted or was edited so that it is invalid, OSError if it
-    cannot be read.
+    The result is empty if slides.csv has not been written yet.
+
+    `layout`: paths of the run.
+
+    InputError if slides.csv is corrupted or was edited so that it is invalid, OSError if it cannot be read.
     """
     return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
 
 
 def nuclei_if_done(slide: SlideLayout) -> int | None:
-    """Return the number of nuclei of a slide; None if it is not finished.
+    """Return the number of nuclei of a slide; None if the slide is not finished (see `slide_if_done`).
 
     `slide`: paths of the slide's results. OSError if slide.json cannot be read.
     """
@@ -129,11 +133,11 @@ def nuclei_if_done(slide: SlideLayout) -> int | None:
 def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
     """Return the content of a finished slide's slide.json; None if the slide is not finished.
 
-    It counts as not finished, too, if the file belongs to another slide, is corrupted, or was edited so that values
-    have other types, so that `segment` makes it again.
+    A slide whose file belongs to another slide, is corrupted, or was edited so that values have other types, does not
+    count as finished, so that `segment` makes it again.
 
-    `slide`: paths of the slide's results. `failed_at`: time when the slide failed in the last start; None if it did
-    not. That start rejected a slide.json written before this time, so it does not count.
+    `slide`: paths of the slide's results. `failed_at`: time when the slide failed since the run was last started; None
+    if it did not. A slide.json that was written before this time does not count, since that start has rejected it.
 
     OSError if the file cannot be read.
     """
@@ -149,9 +153,9 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
 
 
 def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
-    """Return the content of estimate.json of a slide whose density is estimated from a part of it; None for others.
+    """Return the content of estimate.json if a slide's density is estimated from a part of it; otherwise None.
 
-    None, too, if the slide is done as a whole, or if the file is corrupted, so that `segment` makes it again.
+    The result is also None if the whole slide is done, or if the file is corrupted, so that `segment` makes it again.
 
     `slide`: paths of the slide's results. OSError if the file cannot be read.
     """
@@ -172,7 +176,9 @@ def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
 def why_not_done(slide: SlideLayout) -> str:
     """Return why a slide has no table of all its nuclei, and the remedy, as the predicate of a sentence.
 
-    The subject of the sentence is the slide. `slide`: paths of its results. OSError if estimate.json cannot be read.
+    The predicate begins with "is"; the name of the slide goes before it.
+
+    `slide`: paths of the results of a slide that is not done. OSError if estimate.json cannot be read.
     """
     if estimate_of(slide) is not None:
         return "is only estimated from a part of it; repeat the segment command without --stop-at to complete it"
@@ -182,7 +188,9 @@ def why_not_done(slide: SlideLayout) -> str:
 def estimate_line(estimate: Mapping[str, Any]) -> str:
     """Return the estimated density of a slide and its interval, per mm² of tissue, as a phrase for the user.
 
-    `estimate`: section `estimate` of estimate.json.
+    An example is "2,310 nuclei per mm² of tissue (2,200 to 2,420), estimated from 40 of 400 clusters".
+
+    `estimate`: content of `estimate` in estimate.json.
     """
     density = estimate["densities"][estimate["of"]]
     per_mm2, low, high = (f"{density[name]:,.0f}" for name in ("per_mm2", "low", "high"))

@@ -16,10 +16,12 @@ from hover_batch.formatting import listed
 
 
 def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint: str, schema_version: int) -> str:
-    """Return the hex SHA-256 of everything that a slide's results depend on. Equal keys mean equal results.
+    """Return the run key of a slide, the hex SHA-256 of everything that its results depend on.
+
+    Equal keys mean equal results.
 
     `model_sha256`: hash of the model's package. `results_key`: settings that change results. `slide_fingerprint`:
-    fingerprint of the slide, with the hash of its mask if there is one. `schema_version`: version of the table's
+    fingerprint of the slide, followed by the hash of its mask if there is one. `schema_version`: version of the table's
     columns.
     """
     parts = {
@@ -45,6 +47,8 @@ class ModelId:
 def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version: int) -> dict[str, Any]:
     """Return what all results of a run have in common, as JSON values by name for run.json.
 
+    The names are model_id, model_sha256, results_key and schema_version.
+
     `model`: model of the run. `results_key`: settings that change results. `schema_version`: version of the table's
     columns.
     """
@@ -61,8 +65,8 @@ def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version:
 def refuse_changes(root: Path | Url, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise SettingsChanged if the identity of the run in `root` differs from that of the run to be started.
 
-    The message has a line with the stored and the wanted value of each difference. The model's name may differ if its
-    hash does not.
+    The message has a line with the stored and the wanted value of each difference. Models with the same hash count as
+    the same, even if their names differ.
 
     `root`: the run's folder, for the message. `stored`, `wanted`: identities of the run there and of the new one, as
     `run_identity` returns them.
@@ -84,7 +88,9 @@ def refuse_changes(root: Path | Url, stored: Mapping[str, Any], wanted: Mapping[
 
 
 def refuse_other_slides(root: Path | Url, stored: Mapping[str, str | None], run_keys: Mapping[str, str]) -> None:
-    """Raise SettingsChanged if the slide_id of a finished slide in `root` now has another file, pixel size or mask.
+    """Raise SettingsChanged if the run key of a finished slide in `root` differs from that of the cohort's slide.
+
+    Call it after `refuse_changes`: model and settings are then the same, and the file, pixel size or mask must differ.
 
     `root`: the run's folder, for the message. `stored`: run keys of finished slides by slide_id; None for slides that
     are not finished. `run_keys`: run keys of the cohort's slides by slide_id; all slides of `stored` must be in it.

@@ -20,11 +20,11 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(path: Path, flag: str = "--output") -> Iterator[None]:
-    """Lock the file `path` for the duration of the block; it is created if it does not exist.
+    """Lock the file `path` while the block runs; it is created if it does not exist.
 
-    The process id and the host are written to the file. If the process ends earlier, even by a kill, the system
-    releases the lock once all forked children of the process have ended, too, since they may still write. On a file
-    system without locks, a warning is logged, and nothing is locked.
+    The process id and the host are written to the file. If the process ends during the block, even by a kill, the
+    system releases the lock once all its forked children have ended, too, since they may still write. On a file system
+    without locks, a warning is logged, and nothing is locked.
 
     `flag`: option that named the folder, for the message.
 
@@ -58,9 +58,10 @@ def _lock(descriptor: int, folder: Path, flag: str) -> None:
 
 
 def is_locked(path: Path) -> bool | None:
-    """Return whether a process has locked the file; None if unknown, as on a file system without locks.
+    """Return whether a process has locked the file `path`; None if this cannot be found out.
 
-    False if the file does not exist. Nothing is written: the test takes a shared lock and releases it at once.
+    False if the file does not exist. None if it cannot be opened, or its file system has no locks. Nothing is written:
+    the test takes a shared lock and releases it at once.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)

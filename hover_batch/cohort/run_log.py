@@ -64,7 +64,7 @@ class RateWindow:
 
     @property
     def rate(self) -> Rate | None:
-        """Mean rate over the window, per second; None if nothing was done in it or it has no duration."""
+        """Mean rate over the window; None if nothing was done in it or it has no duration."""
         begin, _ = self._entries[0]
         end, _ = self._entries[-1]
         seconds = (end - begin).total_seconds()
@@ -121,7 +121,8 @@ class RunLog:
     def add(self, event: Mapping[str, Any]) -> None:
         """Add the next event, a dictionary as `stream_events` yields it.
 
-        Events without a time are ignored. Of events of unknown kinds, and of malformed ones, only the time counts.
+        Events without a valid time are ignored. For events that are malformed or of unknown kinds, only `last` is
+        updated. The start of a run resets the fields that count since the last start.
         """
         if (time := to_utc(event.get("time"))) is None:
             return
@@ -168,7 +169,7 @@ class RunLog:
     def tile_rate(self) -> Rate | None:
         """Rate of prediction in tiles per second, over the last RATE_WINDOW_S seconds before the last tile.
 
-        None if none was predicted since the start, or an older log lacks the numbers of tiles.
+        None if no tile was predicted since the last start, or an older version wrote the log, without numbers of tiles.
         """
         return self._tiles.rate if self._tiles else None
 
@@ -176,15 +177,15 @@ class RunLog:
     def region_rate(self) -> Rate | None:
         """Rate of post-processing in regions per second, over the last RATE_WINDOW_S seconds before the last region.
 
-        None if no region was post-processed since the start.
+        None if no region was post-processed since the last start.
         """
         return self._regions.rate if self._regions else None
 
 
 def to_utc(time: object) -> datetime | None:
-    """Return an ISO 8601 time, such as "2025-01-31T12:00:00+01:00", as a datetime in UTC; None for any other value.
+    """Return `time`, an ISO 8601 text such as "2025-01-31T12:00:00+01:00", as a datetime in UTC.
 
-    A time without an offset from UTC is local time. `time`: text of the time.
+    None if it is anything else. A time without an offset from UTC is taken as local time.
     """
     try:
         return datetime.fromisoformat(str(time)).astimezone(UTC)

@@ -16,7 +16,10 @@ _DEVICES = frozenset(
 
 
 def fold(slide_id: str) -> str:
-    """Return `slide_id` in lower case, to find ids that name the same file on a case-insensitive file system."""
+    """Return `slide_id` in lower case.
+
+    Ids that name the same file on a case-insensitive file system become equal.
+    """
     return slide_id.lower()
 
 
@@ -36,7 +39,7 @@ def fault_in(slide_id: str) -> str | None:
 def suggest(text: str, taken: Container[str]) -> str:
     """Return a valid slide_id, similar to `text`, that is not in use.
 
-    `taken`: ids in use, in lower case (see `fold`).
+    `text`: id or name that is not valid or already in use. `taken`: ids in use, in lower case (see `fold`).
     """
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from hover_batch.cohort.layout import ALIASES, Format
 from hover_batch.commands.options import RunArgument, local_path
+from hover_batch.formatting import suggestion
 
 _NAMES = ", ".join(Format)
 
@@ -22,8 +22,7 @@ def format_named(name: str) -> Format:
     try:
         return Format(name)
     except ValueError as error:
-        near = get_close_matches(name, [*Format, *ALIASES], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = suggestion(name, [*Format, *ALIASES])
         raise typer.BadParameter(f"{name!r} is not one of {_NAMES}{hint}") from error
 
 

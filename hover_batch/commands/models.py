@@ -327,6 +327,7 @@ def describe(card: Card) -> list[str]:
         "classes": f"{', '.join(c.name for c in card.taxonomy.nuclei)} ({card.taxonomy.name})",
         "pixels": f"{card.mpp:g} µm; {card.tile_in} in, {card.tile_out} kept; {card.input_scaling}",
         "Sobel constants": calibration,
+        "seams": _SEAMS[card.seam_exact],
         "seen": card.training.get("seen") or listed_entries(nested(card.training, "data", "train")),
         "recognised": card.training.get("recognised"),
         "source": listed_entries(nested(card.training, "source")),

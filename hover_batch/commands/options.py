@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from hover_batch.bucket import instead_of_url
 from hover_batch.cohort.record import Url
 from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
+from hover_batch.formatting import suggestion
 from hover_batch.logs import LogFormat, json_line
 from hover_batch.model.cache import VARIABLE as CACHE_VARIABLE
 
@@ -183,8 +183,7 @@ def warn_of_unknown_variables(ctx: typer.Context) -> None:
     known = {name.removeprefix(prefix) for name in (CACHE_VARIABLE, *_variables(root.command))}
     given = {name.removeprefix(prefix) for name in os.environ if name.startswith(prefix)}
     for name in sorted(given - known):
-        similar = get_close_matches(name, known, 1)
-        hint = f"; did you mean {prefix}{similar[0]}?" if similar else ""
+        hint = suggestion(name, known, prefix)
         message = f"the environment variable {prefix}{name} is not known, and has no effect{hint}"
         line = json_line("warning", message) if root.obj is LogFormat.json else f"Warning: {message}"
         typer.echo(line, err=True)

@@ -62,7 +62,7 @@ def plan(
     """Check a cohort, and estimate the tiles, disk space and time of its run.
 
     Checks every row and slide header. Writes nothing to disk. Estimates are upper bounds, since the tissue is not known
-    yet.
+    yet: they are for whole slides, or for their masks (mask_path).
 
     Exit codes: 0 all slides can be run, 2 invalid input, 3 some slides cannot be run, 4 none can.
 

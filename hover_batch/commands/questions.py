@@ -36,6 +36,15 @@ ShowSqlOption = Annotated[
 ]
 
 
+def micrometres(text: str) -> float:
+    """Parse a length in µm: a number, which may have the unit µm or um. typer.BadParameter for any other text."""
+    number = text.casefold().replace("μ", "u").removesuffix("um")  # the micro sign, too, becomes a μ
+    try:
+        return float(number)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a length in µm, such as 20") from error
+
+
 @contextmanager
 def _subject(
     dataset: Path | Url, join: Path | None, on: str, model: str | None, without_flagged: bool, output: Path | None
@@ -88,7 +97,9 @@ def near(
     dataset: DatasetArgument,
     of: Annotated[str, typer.Option("--of", metavar="CLASS", help="Class of the nuclei that are counted.")],
     to: Annotated[str, typer.Option("--to", metavar="CLASS", help="Class of the neighbours.")],
-    within: Annotated[float, typer.Option(metavar="UM", help="Largest distance between the centroids, in µm.")] = 20.0,
+    within: Annotated[
+        Any, typer.Option(metavar="UM", help="Largest distance between the centroids, in µm.", parser=micrometres)
+    ] = "20",
     by: ByOption = "slide_id",
     join: JoinOption = None,
     on: OnOption = "patient_id",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     import duckdb
 
 ROWS = 40
-"""Maximum number of rows on the terminal."""
+"""Maximum number of rows on the terminal, except for a description of columns, which is shown whole."""
+_READ = 10_000
+"""Rows that are read to be shown; DuckDB does not count more."""
 _CELL = 60
 """Maximum number of characters in a cell on the terminal; a polygon has hundreds."""
 _BATCH = 100_000
@@ -42,8 +45,11 @@ def check_output(path: Path | None, dataset: Path | Url) -> None:
         raise InputError(f"-o {path}: must end in .csv or .parquet")
     if isinstance(dataset, Path) and dataset.resolve() in path.resolve().parents:
         raise InputError(f"-o {path}: is in the data set, which must not change; name a file elsewhere")
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
         raise InputError(f"-o {path}: is a folder, or in one that does not exist; name a file in a folder that exists")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"-o {path}: its folder cannot be written; name a file in another folder")
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -72,13 +78,17 @@ def deliver(result: duckdb.DuckDBPyRelation, output: Path | None) -> None:
 
 
 def _show(result: duckdb.DuckDBPyRelation) -> None:
-    """Print the first and last rows, as many columns as fit, and the number of rows."""
+    """Print the first and last rows, as many columns as fit, and how many rows there are and are hidden."""
     from hover_batch.dataset.opened import cast
 
     # FLOAT is printed with at most eight digits.
-    shown = cast(result, {"DOUBLE": "FLOAT"}.get)
+    shown = cast(result, {"DOUBLE": "FLOAT"}.get).limit(_READ).materialize()
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1_000_000
-    shown.show(max_rows=ROWS, max_width=width, max_col_width=_CELL)
+    most = _READ if result.columns[:2] == ["column_name", "column_type"] else ROWS
+    shown.show(max_rows=most, max_width=width, max_col_width=_CELL)
+    if (rows := len(shown)) > most:
+        hidden = f"{rows - most:,}" if rows < _READ else "most"
+        print_notes([f"{hidden} rows are hidden; -o FILE.csv writes all of them"])
 
 
 def _write(result: duckdb.DuckDBPyRelation, path: Path) -> int:

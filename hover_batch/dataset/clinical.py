@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from hover_batch.dataset.quoting import identifier, text, text_list
 from hover_batch.errors import InputError
-from hover_batch.formatting import counted, listed
+from hover_batch.formatting import counted, listed, nearest, suggestion
 
 _ON = "name another column with --on (in Python, the argument `on`)"
 
@@ -36,7 +36,7 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
     if on not in slides.column_names:
         raise InputError(
             f"{on}: is not a column of the slides, so a table cannot be joined by it; {_ON}, one of "
-            f"{', '.join(slides.column_names)}"
+            f"{', '.join(slides.column_names)}{suggestion(on, slides.column_names)}"
         )
     if not path.is_file():
         fault = "is a folder" if path.is_dir() else "no such file"
@@ -66,7 +66,10 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         for name in columns:
             if name.casefold() == on.casefold():
                 return name
-        raise InputError(f"{path}: has no column {on}, but {', '.join(columns)}; rename a column, or {_ON}")
+        raise InputError(
+            f"{path}: has no column {on}, but {', '.join(columns)}; rename {nearest(on, columns) or 'a column'} to "
+            f"{on}, or {_ON}"
+        )
 
     if path.suffix.lower() in (".parquet", ".pq"):
         source = f"read_parquet({text_list([path])})"

@@ -111,8 +111,13 @@ def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
     `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
     `of`: the only class whose density is included; None for all nuclei and each class.
 
-    InputError if there is no such column or class.
+    InputError if `by` is patient_id, or there is no such column or class.
     """
+    if by == "patient_id":
+        raise InputError(
+            "--by patient_id: a patient alone is no group; give a column that divides the patients into groups, such "
+            "as group, or see each patient's densities with `hover-batch cohort counts --by patient_id`"
+        )
     column, source = subject.column(by)
     columns = [f"{column} AS {identifier(by)}", "slides.patient_id"]
     columns += [f"{density_sql(number)} AS {density}" for number, density in measures(subject, of)]
@@ -130,8 +135,8 @@ def compare_densities(subject: Subject, by: str, of: str | None = None) -> Compa
     `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
     `of`: the only class whose density is compared; None for all nuclei and each class.
 
-    InputError if there is no such column or class, there are fewer than 2 or more than 10 groups, a group has fewer
-    than MIN_PATIENTS patients, or a patient is in several groups.
+    InputError if `by` is patient_id, there is no such column or class, a group has fewer than MIN_PATIENTS patients, a
+    patient is in several groups, or there are fewer than 2 or more than 10 groups.
     """
     relation = subject.dataset.select(densities_sql(subject, by, of))
     names, rows = relation.columns[2:], relation.fetchall()

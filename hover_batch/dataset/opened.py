@@ -26,7 +26,7 @@ from hover_batch.dataset.bucket_files import BucketFiles
 from hover_batch.dataset.clinical import load_clinical
 from hover_batch.dataset.quoting import identifier, text, text_list
 from hover_batch.dataset.slides import SlideEntry, entries_of, read_slides_table
-from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.formatting import listed
 from hover_batch.geometry import Box
 from hover_batch.nuclei.table import table_schema
@@ -84,8 +84,8 @@ class Dataset:
 
     `root`: folder of the data set, or its URL in cloud storage. `clinical`: CSV or Parquet file with one row per value
     of its column `on`, a column of `slides`. InputError if `root` is not a data set or holds no slides, a file of
-    nuclei on disk was removed, replaced or corrupted, or `clinical` cannot be joined; UploadError if a bucket cannot be
-    reached.
+    nuclei on disk was removed, replaced or corrupted, `clinical` cannot be joined, or no temporary file can be written;
+    OSError if a file may not be read; UploadError if a bucket cannot be reached.
     """
 
     def __init__(self, root: Path | Url, clinical: Path | None = None, on: str = "patient_id") -> None:
@@ -96,7 +96,7 @@ class Dataset:
             raise InputError(f"{root}: holds no slides yet; add a run with `hover-batch cohort OUT -o DATASET`")
         self.notes: list[str] = []
         self.on = None if clinical is None else on
-        self._scratch = tempfile.TemporaryDirectory(prefix="hover-batch-query-")
+        self._scratch = _scratch_folder()
         self.connection = duckdb.connect(
             config={
                 "autoinstall_known_extensions": False,
@@ -251,7 +251,10 @@ class Dataset:
         return self._files.path(name) if self._files else f"{self.root}/{name}"
 
     def _check_files(self) -> None:
-        """Raise InputError if files of nuclei on disk are unreadable, or do not have the rows of their slides."""
+        """Raise InputError if files of nuclei on disk are corrupted, or do not have the rows of their slides.
+
+        PermissionError if one may not be read.
+        """
         if self._files or not self._paths:  # in a bucket, that would be a request for each file
             return
         described: Counter[tuple[str, ...]] = Counter()
@@ -263,6 +266,7 @@ class Dataset:
             rows_of = dict(self.connection.execute(query).fetchall())
         except duckdb.Error as error:
             fault = str(error).splitlines()[0]
+            self._require_access()
         else:
             for names, rows in described.items():
                 if (found := sum(rows_of.get(self._path(name), 0) for name in names)) != rows:
@@ -273,6 +277,13 @@ class Dataset:
                 "data set in the meantime, repeat this one; otherwise make the data set again with `hover-batch cohort "
                 "OUT -o DATASET`"
             )
+
+    def _require_access(self) -> None:
+        """Raise PermissionError if a file of nuclei may not be read."""
+        for entry in self.entries:
+            for name in entry.nuclei_files:
+                with contextlib.suppress(FileNotFoundError), open(self._path(name), "rb"):
+                    pass
 
     @property
     def _paths(self) -> str:
@@ -285,6 +296,18 @@ class Dataset:
         self.execute(f"SET allowed_paths = {self._paths or '[]'}")
         self.execute("SET enable_external_access = false")
         self.execute("SET lock_configuration = true")
+
+
+def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """Create a folder for DuckDB's temporary files. InputError if none can be written."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="hover-batch-query-")
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise InputError(
+            f"temporary files of the query cannot be written ({error}); set TMPDIR to a folder that can be written"
+        ) from error
 
 
 def chosen_model(entries: Sequence[SlideEntry], model: str | None) -> str:

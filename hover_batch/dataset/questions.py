@@ -14,7 +14,7 @@ from hover_batch.dataset.opened import Dataset, chosen_model
 from hover_batch.dataset.quoting import identifier, text
 from hover_batch.dataset.slides import SlideEntry
 from hover_batch.errors import InputError
-from hover_batch.formatting import counted, listed
+from hover_batch.formatting import counted, listed, suggestion
 from hover_batch.taxonomy import Taxonomy
 
 _UNFLAGGED = "coalesce(slides.flags, '') = ''"
@@ -91,6 +91,7 @@ class Subject:
         raise InputError(
             f"--by {name}: is not a column of {where}; columns: {', '.join((*slides, *clinical))}"
             + ("" if clinical else "; a column of another table needs --join FILE")
+            + suggestion(name, (*slides, *clinical))
         )
 
     def where(self, *more: str) -> str:

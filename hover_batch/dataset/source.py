@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class RunSource:
 
     layout: RunLayout
     """Paths of the run's results."""
+    command: str
+    """Command line of the run, for messages."""
     model: str
     """Value of the column `model`."""
     model_name: str
@@ -63,7 +66,8 @@ class RunSource:
         finished = {slide_id: slide_if_done(layout.slide(slide_id)) for slide_id in records}
         done = {slide_id: values for slide_id, values in finished.items() if values is not None}
         name, sha256 = str(run.get("model_id")), str(run.get("model_sha256"))
-        return cls(layout, model_key(name, sha256), name, sha256, records, done, flag_slides(done))
+        command = shlex.join(["hover-batch", *map(str, run.get("command", ["segment"]))])
+        return cls(layout, command, model_key(name, sha256), name, sha256, records, done, flag_slides(done))
 
     def chosen(self, slide_ids: Sequence[str]) -> list[str]:
         """Return `slide_ids` without repetitions, or all slides of the run if it is empty.

@@ -56,7 +56,8 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
     were added stay.
 
     `dataset`: folder or URL of the data set. `slide_ids`: the slides to add; empty for all. `notify`: function that is
-    called with a line about each slide that is added or skipped. `flag`: option that named the data set, for messages.
+    called with a line about each slide that is added or skipped, and at the end about those that are missing. `flag`:
+    option that named the data set, for messages.
 
     InputError if `folder` holds no run or a corrupted one, a slide is not in it, or `dataset` holds anything else, is
     being written, cannot be written, or holds other slides of the same names or other classes. OSError if the disk is
@@ -67,6 +68,11 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
     with open_writer(dataset, flag) as writer:
         update = _Update(source, writer, notify)
         update.run(chosen)
+    if missing := update.result.skipped:
+        notify(
+            f"{len(chosen) - len(missing):,} of {counted(len(chosen), 'slide')} are in the data set; missing: "
+            f"{listed(missing)}. To add them, complete the run with `{source.command}`, and repeat this command"
+        )
     return update.result
 
 

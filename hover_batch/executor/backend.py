@@ -21,6 +21,7 @@ from hover_batch.executor.resources import (
     in_process_line,
     runs_in_process,
 )
+from hover_batch.model.card import Card
 from hover_batch.model.package import Package
 from hover_batch.plan import PlannedSlide
 
@@ -50,14 +51,19 @@ class OpenBackend:
     """Function that returns the batch size of `--batch auto` there, for a package and settings with AUTO_BATCH."""
 
 
-def resolve_here(settings: Settings) -> Settings:
-    """Return the settings with device, precision and runtime `auto` resolved for this machine.
+def resolve_here(settings: Settings, card: Card) -> Settings:
+    """Return the settings with device, precision, runtime and batch size `auto` resolved for this machine.
 
-    If they name a cluster, only a device that must be the CPU is resolved here, and `open_backend` resolves the rest
-    there.
+    On the CPU, an `auto` batch size is resolved, too; on a GPU, AUTO_BATCH remains (see `OpenBackend.auto_batch`). For
+    a cluster, only device `auto` is resolved here, to cpu, if no GPUs are to be used or the runtime is openvino;
+    `open_backend` resolves the rest on the cluster.
 
-    InputError if the device cannot be used, or not with the runtime and the precision.
+    `card`: card of the network.
+
+    InputError if the runtime cannot run the network, the device cannot be used or not be combined with the runtime or
+    the precision, or the device is one numbered GPU (such as cuda:1) and the backend is ray.
     """
+    settings = replace(settings, infer=card.supported(settings.infer))
     name = settings.infer.device
     if settings.engine.backend == "ray" and ":" in name:
         raise InputError(f"--device {name}: Ray chooses the GPU; set CUDA_VISIBLE_DEVICES and use --device cuda")
@@ -74,13 +80,17 @@ def resolve_here(settings: Settings) -> Settings:
 def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True) -> Iterator[OpenBackend]:
     """Yield the backend for settings from `resolve_here`, and close it when the block ends.
 
-    A cluster that the settings name is joined at once; on this machine, Ray starts only when there are slides to run.
+    With backend local, slides run in this process. If the settings name a cluster, it is joined at once: Ray's
+    environment variables are set and stay set, stdout is redirected to the run's ray.log, and the other `auto` settings
+    are resolved. Otherwise, Ray starts on this machine once slides are run, unless one process suffices for them.
 
-    `layout`: paths of the run's results. `predicts`: False for a run without networks, whose `auto` stays unresolved.
+    `layout`: paths of the run's results. `predicts`: False for a run without networks, whose `auto` settings are not
+    resolved on a cluster.
 
     InputError if the settings request more than is available, no cluster answers, a node cannot use the device, or a
-    node does not see the output folder. Its `run` raises HoverBatchError if Ray does not start, besides the errors of
-    `Executor.run`.
+    node does not see the output folder. OSError if the test file for the latter cannot be written, RayError if a
+    process on a node dies. The `run` of the backend raises the errors of `Executor.run`, and HoverBatchError if Ray
+    does not start.
     """
     if settings.engine.backend == "local":
         yield OpenBackend(settings, _run_in_process)

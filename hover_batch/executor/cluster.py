@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hover_batch.config import InferSettings
-from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.errors import InputError
 from hover_batch.executor.resources import Resources
 from hover_batch.model.package import Package
 
@@ -58,14 +58,13 @@ def started(
 ) -> Iterator[None]:
     """Run a Ray cluster with the cores and GPUs of `resources` on this machine while the block runs.
 
-    Ray's environment variables are set, and stay set. stdout is redirected to `log` meanwhile, since Ray prints
-    messages there; stderr, too, during the start, unless it is a terminal.
+    Ray's environment variables are set, and stay set. While the block runs, stdout is redirected to `log`, since Ray
+    prints messages there. During the start, stderr is redirected, too, unless it is a terminal.
 
     `log`: file to which output is appended; it is created with its folder when needed. `object_store_bytes`: size of
-    Ray's object store. `warn`: shows a line about each failed attempt that is followed by another.
+    Ray's object store. `warn`: function that shows a line about each failed attempt that is followed by another.
 
-    HoverBatchError if Ray does not start in START_ATTEMPTS attempts, OSError if its temporary folder or `log` cannot be
-    written.
+    InputError if Ray does not start in START_ATTEMPTS attempts, OSError if its temporary folder cannot be created.
     """
     prepare_own_cluster()
     import ray
@@ -83,8 +82,10 @@ def started(
 def own_folder(parent: Path) -> Iterator[Path]:
     """Yield a new folder for Ray's files in `parent`, and remove it when the block ends.
 
-    Folders that killed processes of this user left in `parent` are removed, too. The owner locks a file in its folder;
-    the system releases the lock when the process ends, even if it is killed. OSError if the folder cannot be created.
+    Folders in `parent` that killed processes of this user have left are removed, too. They are recognised by a file in
+    them that their owner keeps locked, since the system releases the lock when the process ends, even if it is killed.
+
+    OSError if the folder cannot be created.
     """
     for leftover in parent.glob(f"{_PREFIX}*"):
         if _owner_is_dead(leftover):
@@ -118,7 +119,8 @@ def _owner_is_dead(folder: Path) -> bool:
 def prepare_own_cluster() -> None:
     """Set Ray's environment variables, with a token, for a cluster that this process starts.
 
-    Call it before anything imports Ray, which reads them at that time.
+    RAY_AUTH_MODE and RAY_AUTH_TOKEN are replaced; other variables that the user has set stay. Call it before anything
+    imports Ray, which reads them at that time.
     """
     os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN})
     _prepare()
@@ -131,7 +133,11 @@ def _prepare() -> None:
 
 
 def ray_version() -> str:
-    """Return the version of the installed Ray, such as 2.40.0. ImportError if Ray cannot be imported."""
+    """Return the version of the installed Ray, such as 2.40.0.
+
+    Ray's environment variables are set first, unless the user has set them, since Ray reads them when it is imported.
+    ImportError if it cannot be imported.
+    """
     _prepare()
     import ray
 
@@ -149,7 +155,7 @@ def _init(**settings: Any) -> None:
 
 
 def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Path, warn: Callable[[str], None]) -> None:
-    """Start Ray with its files in `folder`. HoverBatchError if it fails START_ATTEMPTS times."""
+    """Start Ray with its files in `folder`. InputError if it fails START_ATTEMPTS times."""
     import ray
 
     for attempt in range(1, START_ATTEMPTS + 1):
@@ -170,7 +176,7 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Pat
             _kill_processes_of(folder)
             reason = str(error).strip().splitlines()[0]
             if attempt == START_ATTEMPTS:
-                raise HoverBatchError(
+                raise InputError(
                     f"Ray did not start on this machine in {START_ATTEMPTS} attempts ({reason}); try again when the "
                     "machine is less busy, or use --backend local, which does not need Ray"
                 ) from error
@@ -193,10 +199,11 @@ def _kill_processes_of(folder: Path) -> None:
 def joined(address: str, log: Path) -> Iterator[None]:
     """Join the Ray cluster at `address` while the block runs, and leave it afterwards.
 
-    Ray's environment variables are set, and stay set. stdout is redirected to `log` meanwhile, since Ray prints
-    messages there; stderr, too, while joining, unless it is a terminal.
+    Ray's environment variables are set, and stay set. While the block runs, stdout is redirected to `log`, since Ray
+    prints messages there. While joining, stderr is redirected, too, unless it is a terminal.
 
-    `address`: HOST:PORT, or another form that `ray.init` accepts. `log`: file to which output is appended.
+    `address`: HOST:PORT, or another form that `ray.init` accepts. `log`: file to which output is appended; it is
+    created with its folder when needed.
 
     InputError if no cluster answers, or if it refuses the token.
     """
@@ -260,8 +267,13 @@ def _require_token(address: str) -> None:
 def resolve_on_cluster(settings: InferSettings, on_gpu: bool) -> InferSettings:
     """Return the settings with `auto` resolved on a node of the joined cluster on which networks can run.
 
-    If no such node is up yet, wait for one. `on_gpu`: whether the node must have a GPU. InputError if the device cannot
-    be used there, or not with the runtime and the precision; RayError if the process on the node dies.
+    If no such node is up yet, wait for one. On a GPU, AUTO_BATCH remains, since the batch size depends on the network
+    (see `auto_batch_there`).
+
+    `settings`: settings of inference. `on_gpu`: whether the node must have a GPU.
+
+    InputError if the device cannot be used there, or cannot be combined with the runtime or the precision. RayError if
+    the process on the node dies.
     """
     import ray
     from ray.exceptions import RayTaskError
@@ -280,11 +292,14 @@ def resolve_on_cluster(settings: InferSettings, on_gpu: bool) -> InferSettings:
 
 
 def auto_batch_there(package: Package, settings: InferSettings) -> int:
-    """Return the batch size of `--batch auto` for a package on a GPU of the joined cluster.
+    """Return the batch size of `--batch auto`, found in a trial on a GPU of the joined cluster.
 
-    If no node has a free GPU, wait for one. `settings`: settings of inference. Errors of
-    `hover_batch.model.predict.auto_batch` propagate from the node, such as PackageError if the package cannot be
-    loaded.
+    If no node has a free GPU, wait for one.
+
+    `package`: package of the model. `settings`: settings of inference, with AUTO_BATCH.
+
+    InputError if the device cannot be used there, PackageError if the network cannot be loaded or compiled, RayError if
+    the process on the node dies.
     """
     import ray
     from ray.exceptions import RayTaskError

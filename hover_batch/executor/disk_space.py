@@ -43,9 +43,10 @@ class DiskSpace:
     def report_full(self, slide_id: str | None, error: BaseException | None = None) -> None:
         """Pause the run because a write failed: set `full`, warn the user and log the event `disk_full`.
 
-        Do nothing if the run is already paused. `slide_id`: slide that was being written; None if there is none.
-        `error`: error of the write; if it is ScratchFull, the full disk is that of the folder that it names, otherwise
-        that of `folder`.
+        If the run is paused already, nothing happens.
+
+        `slide_id`: slide that was being written; None if there is none. `error`: error of the write. If it is
+        ScratchFull, the full disk is that of the folder for copies that it names; otherwise, it is that of `folder`.
         """
         if self.full:
             return
@@ -66,9 +67,10 @@ class DiskSpace:
     def available(self) -> bool:
         """Return whether the run can continue; do not wait.
 
-        While the disk is full, try to reserve NEEDED_BYTES in a temporary file, at most every CHECK_EVERY_S seconds
-        (less often if the disk fills up again and again). A reservation also respects quotas, which the amount of free
-        space does not show. When it succeeds, show a line to the user and log the event `disk_has_room`.
+        True unless the run is paused because the disk is full. While it is paused, try to reserve NEEDED_BYTES in a
+        temporary file, at most every CHECK_EVERY_S seconds, or less often if the disk fills up again and again. A
+        reservation also respects quotas, which the amount of free space does not show. If it succeeds, the pause ends:
+        `full` is reset, the user gets a message, and the event `disk_has_room` is logged.
 
         OSError if the reservation fails for a reason other than a full disk.
         """
@@ -81,9 +83,10 @@ class DiskSpace:
         return not self.full
 
     def wait(self) -> None:
-        """Wait until the disk has enough free space for the run to continue.
+        """Wait until the run can continue, with a check of the disk space as in `available`.
 
-        OSError if the space cannot be checked, for a reason other than a full disk.
+        It returns at once unless the run is paused. OSError if the space cannot be checked for a reason other than a
+        full disk.
         """
         while not self.available():
             time.sleep(0.2)

@@ -59,7 +59,10 @@ class WorkerDied(HoverBatchError):
 
 
 def verdict_on(error: BaseException) -> Verdict:
-    """Return the verdict on `error`, which a task or the driver raised, or Ray raised in place of a task."""
+    """Return the verdict on `error`: that of a WorkerDied, DISK_FULL for a full disk, or else that in VERDICTS.
+
+    `error`: exception that a task or the driver raised, or that Ray raised in place of a task.
+    """
     if isinstance(error, WorkerDied):
         return error.verdict
     if is_disk_full(error):
@@ -71,6 +74,7 @@ def cause_of(error: RayError, process: str = "its process") -> Exception:
     """Return the exception behind Ray's `error`: what the task raised, or WorkerDied if its process died.
 
     If the task raised an exception that cannot be pickled, return a RuntimeError with the last line of its text.
+
     `process`: name of the process, for the message of WorkerDied.
     """
     if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):

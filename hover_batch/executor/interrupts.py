@@ -23,6 +23,8 @@ def on_interrupt(action: Callable[[], None] = raise_interrupt) -> Iterator[None]
 
     Signals that the process ignores stay ignored, such as SIGHUP under nohup. Only the main thread can set handlers; in
     other threads, the block runs without them.
+
+    `action`: called in the signal handler; an exception that it raises is raised in the block.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

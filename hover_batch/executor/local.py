@@ -36,9 +36,9 @@ class LocalExecutor(Executor):
 
     @cached_property
     def predictor(self) -> Predictor:
-        """Network of the run, loaded on first use.
+        """Network of the run, loaded on first use. On the CPU, this sets torch's number of threads in this process.
 
-        PackageError if its weights cannot be loaded, InputError if the device cannot be used.
+        PackageError if its weights cannot be loaded or it cannot be compiled, InputError if the device cannot be used.
         """
         return self.load(self.context.package, self.context.settings.infer)
 
@@ -46,11 +46,11 @@ class LocalExecutor(Executor):
         """Run the slides one after the other, each until it is done or has failed.
 
         If the disk fills up, wait for space and then resume the slide. A failed slide is recorded, and does not stop
-        the others. Call it from the main thread.
+        the others. Call it from the main thread, which receives signals.
 
-        PackageError if the model cannot be loaded, InputError if the device cannot be used, TooManyFailures if more
-        slides failed than the settings allow, OSError if the run's records cannot be written, and KeyboardInterrupt at
-        once after Ctrl-C or SIGTERM.
+        PackageError if the model cannot be loaded, TooManyFailures if more slides failed than the settings allow,
+        OSError if the run's records cannot be written. KeyboardInterrupt as soon as possible after one of
+        `interrupts.SIGNALS`, such as Ctrl-C.
         """
         # The network computes without Python's lock: meanwhile, post-processing can be loaded.
         card, post = self.context.package.card, self.context.settings.post

@@ -29,15 +29,15 @@ class TaskFailed:
 
 @contextlib.contextmanager
 def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
-    """Yield the resources for `map_tasks`: of this machine or, with Ray, of a cluster that is started or joined.
+    """Yield the CPU cores and GPUs for `map_tasks`, and start or join a Ray cluster for it unless the backend is local.
 
-    The cluster is stopped or left when the block ends.
+    With a cluster, stdout is redirected to `log` while the block runs, and Ray's environment variables are set and stay
+    set. The cluster is stopped or left when the block ends.
 
-    `engine`: settings that choose the backend (auto counts as ray) and limit its resources. `log`: file for Ray's
-    output.
+    `engine`: settings that choose the backend (auto counts as ray), name a cluster and limit the resources. `log`: file
+    to which Ray's output is appended.
 
-    InputError if the settings request more than is available, or no cluster answers; HoverBatchError if Ray does not
-    start.
+    InputError if the settings request more than is available, no cluster answers, or Ray does not start.
     """
     settings = Settings(engine=engine)
     if engine.backend == "local":
@@ -67,19 +67,20 @@ def map_tasks(
     at_once: int = 1,
     reuse_workers: bool = False,
 ) -> Iterator[tuple[Item, Result | TaskFailed]]:
-    """Yield each item with the function's result, or with TaskFailed, which does not stop the other items.
+    """Yield each item with the function's result, or with TaskFailed if the task failed.
 
-    With `backend` local, the items are processed in this process, in order. Otherwise they are processed on the cluster
-    that `task_resources` started or joined, and yielded in the order in which they end. Function, items and results
-    must then be picklable. A task whose process dies is retried as often as a slide's task.
+    A failed task does not stop the others. With `backend` "local", the items are processed in this process, in order.
+    Otherwise they are processed on the cluster that `task_resources` started or joined, and yielded in the order in
+    which they end. Function, items and results must then be picklable. A task whose process dies is retried as often as
+    a slide's task before it fails.
 
-    `function`: function of one item. `cpus`, `gpus`: cores and GPUs that each task reserves; with fractions, several
-    tasks share one GPU. `at_once`: maximum number of tasks in progress; items are taken from `items` only as tasks
-    start, so it may be endless. `reuse_workers`: whether a process with a GPU runs several tasks and keeps what it has
-    loaded, instead of ending after each task to free the memory. With `backend` local, the last four parameters have no
-    effect.
+    `function`: function of one item; its exceptions are yielded as TaskFailed. `items`: items to process. They are
+    taken only as tasks start, so they may be endless; exceptions of their iterator propagate.
 
-    Exceptions of `function` are yielded as TaskFailed; those of the iterator of `items` propagate.
+    The other parameters have no effect with `backend` "local". `cpus`, `gpus`: cores and GPUs that each task reserves;
+    with fractions, several tasks share one GPU. `at_once`: maximum number of tasks in progress. `reuse_workers`: if
+    True, a process with a GPU runs several tasks and keeps what it has loaded; if False, it ends after each task to
+    free the memory.
     """
     if backend == "local":
         yield from _here(function, items)

@@ -99,17 +99,18 @@ class NetworkPool:
         return min(self.ready, key=lambda network: network.units, default=None)
 
     def free_network(self, max_units: int, excluded: Network | None = None) -> Network | None:
-        """Return the ready network with the fewest units in progress; None if each has `max_units` or more.
+        """Return the ready network with the fewest units in progress; None if none has fewer than `max_units`.
 
-        Networks in which a unit must run alone, and the network `excluded`, are left out.
+        Networks in which a unit must run alone are left out, and so is `excluded`.
         """
         free = [n for n in self.ready if not n.alone and n is not excluded and n.units < max_units]
         return min(free, key=lambda network: network.units, default=None)
 
     def start(self, plan: EnginePlan) -> None:
-        """Start a network with the resources of `plan`, and add it to `starting`.
+        """Start a network with the resources that `plan` reserves for it, and add it to `starting`.
 
-        Ray places it on a node with enough free resources, or later, when there is one.
+        Return at once. Ray places the network on a node with enough free resources; if there is none, the network waits
+        for one.
         """
         options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
             num_cpus=plan.actor_cpus,
@@ -125,10 +126,12 @@ class NetworkPool:
         self.starting[handle.where.remote()] = network
 
     def continue_start(self, reference: Any) -> None:
-        """Continue a start whose `reference` is ready: load the network once its node is known, then mark it ready.
+        """Continue the start of a network: load it once its node is known, or mark it ready once it has loaded.
 
-        A network whose process dies is removed, as in `handle_failure`. `reference`: key of `starting`, which is
-        removed from it; the first time, a key for the loading is added.
+        The key `reference` is removed from `starting`; if the network is now loading, its new key is added. A network
+        whose process dies is removed, as in `handle_failure`.
+
+        `reference`: key of `starting` whose result is available.
 
         PackageError if the package cannot be loaded; HoverBatchError if loading fails for another reason, or too many
         starts failed in a row.
@@ -168,8 +171,10 @@ class NetworkPool:
         """Remove a network whose call failed with `error` (see `is_actor_failure`), and call `report` with the cause.
 
         The cause is NetworkStopped, WorkerDied, or what the actor raised. The network's process is killed first, in
-        case it is still alive. While it is unknown whether the process, the node or only the connection is lost,
-        nothing is killed or reported; `report_dead` does it later. Errors of `report` propagate.
+        case it is still alive. On a joined cluster, an actor that cannot be reached may be alive: then nothing is
+        killed or reported yet, and `report_dead` does both later.
+
+        Errors of `report` propagate.
         """
         self._remove(network)
         if network.stopped:
@@ -185,7 +190,7 @@ class NetworkPool:
         """Kill the unreachable networks that count as dead by now, and report each. Return whether there were any.
 
         A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. It is reported
-        by the function that was given to `handle_failure`, whose errors propagate.
+        by calling the function that was given to `handle_failure`, whose errors propagate.
         """
         unreachable, self._unreachable = self._unreachable, []
         for network, error, report in unreachable:
@@ -224,7 +229,8 @@ class NetworkPool:
     def adapt(self, max_networks: int) -> None:
         """Remove networks on lost nodes from the pool, then stop others until at most `max_networks` are left.
 
-        Networks that are still loading are stopped first, then those with the fewest units in progress.
+        Networks that are still loading are stopped first, then those with the fewest units in progress. Units in
+        progress are retried in other networks.
         """
         for network in [n for n in self._networks if not self._node_is_up(n)]:
             self._remove(network)  # Ray ends its calls with an error, after which its units are retried
@@ -246,7 +252,7 @@ class NetworkPool:
 def is_actor_failure(error: RayError) -> bool:
     """Return whether a call failed because its actor died, was killed for lack of memory, or cannot be reached.
 
-    An unreachable actor (ActorUnavailableError) may still be alive; `NetworkPool.handle_failure` decides.
+    An unreachable actor (ActorUnavailableError) may still be alive; `NetworkPool.handle_failure` finds out.
     """
     return isinstance(error, RayActorError | OutOfMemoryError)
 

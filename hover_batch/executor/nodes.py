@@ -48,7 +48,7 @@ class ClusterNodes:
 
     @property
     def resources(self) -> Resources:
-        """CPU cores, GPUs and memory in bytes of all live nodes, whether in use or not.
+        """CPU cores, GPUs and memory in bytes of all live nodes, as of the last query, whether in use or not.
 
         InputError if no node has a CPU core.
         """
@@ -62,14 +62,15 @@ class ClusterNodes:
     def replan(self, plan: EnginePlan, context: RunContext) -> EnginePlan | None:
         """Return a new plan if nodes joined or left the cluster since the last call; otherwise None.
 
-        In the new plan, each network reserves the same as before. The cluster is queried at most every REFRESH_EVERY_S.
-        A change is logged and shown to the user. If no node is left, warn the user and return None. If the disk is full
-        when new nodes are checked, the run is paused.
+        In the new plan, each network reserves the same as before. A change is logged and shown to the user. If no node
+        is left, the user is warned and the result is None. The cluster is queried at most every REFRESH_EVERY_S
+        seconds. New nodes are checked by `refuse_unshared`, without waiting. If the disk is too full for its test file,
+        the run is paused.
 
         `plan`: plan until now. `context`: context of the run.
 
-        InputError if a new node does not see the output folder or cannot run hover-batch; OSError if the test file
-        cannot be written, unless the disk is full.
+        InputError if a new node does not see the output folder, cannot run hover-batch, or its processes die at once.
+        OSError if the test file cannot be written, unless the disk is full.
         """
         if time.monotonic() >= self._refresh_at:
             self.refresh()
@@ -95,7 +96,7 @@ class ClusterNodes:
         return new_plan
 
     def refresh(self) -> None:
-        """Query the cluster for its live nodes now, and count the nodes that have left since the last query."""
+        """Query the cluster for its live nodes now, and add those that left since the last query to `nodes_lost`."""
         self._refresh_at = time.monotonic() + REFRESH_EVERY_S
         nodes = _live_nodes()
         self.nodes_lost += len(self._nodes.keys() - nodes.keys())
@@ -109,7 +110,7 @@ class ClusterNodes:
     def on_each(self, function: Callable[[], object], wait_s: float = 0.0) -> None:
         """Call `function` once on every live node, in a process there. Results and errors are ignored.
 
-        `function`: must be picklable. `wait_s`: maximum time in seconds to wait for the calls to end; 0 to return at
+        `function`: must be picklable. `wait_s`: maximum time in seconds to wait for all calls to end; with 0, return at
         once.
         """
         calls = [
@@ -120,13 +121,13 @@ class ClusterNodes:
             ray.wait(calls, num_returns=len(calls), timeout=wait_s)
 
     def refuse_unshared(self, folder: Path, wait: bool = False) -> None:
-        """Check that all nodes see the files that this process writes into `folder`.
+        """Raise InputError if a node does not see the files that this process writes into `folder`, the output folder.
 
         A hidden test file is created there, and removed once all nodes have answered. Nodes that have answered are not
-        asked again. `wait`: whether to wait for all answers; otherwise a later call reads those that are pending.
+        asked again. `wait`: if True, wait for all answers; if False, a later call reads those that are pending.
 
-        InputError if a node does not see the files, or cannot run hover-batch; OSError if the test file cannot be
-        written.
+        InputError, too, if a node cannot run hover-batch or its processes die at once. OSError if the test file cannot
+        be written.
         """
         all_answered = self._ask(folder, wait)
         while wait and not all_answered:

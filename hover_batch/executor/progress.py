@@ -73,8 +73,8 @@ class CohortProgress:
     def say(self, line: str, level: str = "info", **fields: object) -> None:
         """Print a line on stderr that stays on the screen.
 
-        In lines of JSON, `level` (info, warning or error) and `fields` become keys of their own; otherwise they are not
-        shown.
+        If the log format is json, the line is a JSON object, with `level` (info, warning or error) and `fields` as
+        keys. Otherwise these are not shown.
         """
         self._console.print(json_line(level, line.strip(), **fields) if self._json else line, soft_wrap=True)
 
@@ -85,7 +85,8 @@ class CohortProgress:
     def expect(self, tiles: int, regions: int, tiles_before: int = 0, regions_before: int = 0) -> None:
         """Add a slide's tiles and regions to the totals; negative numbers remove them.
 
-        `tiles_before`, `regions_before`: how many of them an earlier start has done.
+        `tiles`, `regions`: numbers in all. `tiles_before`, `regions_before`: how many of them an earlier start of the
+        run has done.
         """
         self._counts[Stage.INFER].expect(tiles, tiles_before)
         self._counts[Stage.POST].expect(regions, regions_before)
@@ -102,7 +103,10 @@ class CohortProgress:
         self._show()
 
     def show_uploads(self, uploaded: int, done: int) -> None:
-        """Show that `uploaded` of the `done` finished slides are in cloud storage."""
+        """Show that `uploaded` of the `done` finished slides are in cloud storage.
+
+        On a terminal, a bar is updated at once. Otherwise, the numbers are part of the next progress line.
+        """
         self._uploads = uploaded, done
         if self._bars:
             if self._upload_bar is None:

@@ -31,9 +31,9 @@ class Executor(Protocol):
         Call it from the main thread, which receives signals.
 
         Errors that are not caused by a slide stop the cohort: PackageError if the model cannot be loaded,
-        HoverBatchError if its process dies repeatedly, TooManyFailures if more slides failed than the settings allow,
-        InputError if a node or device cannot be used, OSError if the run's records cannot be written, and
-        KeyboardInterrupt after Ctrl-C or SIGTERM.
+        HoverBatchError if its process dies repeatedly, InputError if a node of the cluster cannot be used, and OSError
+        if the run's records cannot be written. TooManyFailures if more slides failed than the settings allow.
+        KeyboardInterrupt after one of `interrupts.SIGNALS`, such as Ctrl-C.
         """
         ...
 
@@ -57,10 +57,12 @@ class RunContext:
     def of(
         cls, package: Package, settings: Settings, ledger: Ledger, progress: CohortProgress, run_keys: Mapping[str, str]
     ) -> Self:
-        """Build the context of a run in the folder of `ledger`, which must be started.
+        """Return the context of a run in the folder of `ledger`, which must be started.
 
-        `package`: package of the model. `settings`: those in effect. `progress`: progress display, which also shows
-        warnings. `run_keys`: run key of each slide by slide_id (see `result_key`).
+        `package`: package of the model. `settings`: settings in effect, with `auto` resolved. `progress`: progress
+        display, which also shows warnings. `run_keys`: run key of each slide by slide_id (see `result_key`).
+
+        RuntimeError if the ledger is not started.
         """
         root = ledger.layout.root
         recorder = RunRecorder(settings, ledger, progress, run_keys)

@@ -80,14 +80,15 @@ class RayExecutor(Executor):
         self._shown: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
-        """Run the slides, several at once, until each is done or has failed. The networks end with it.
+        """Run the slides, several at once, until each is done or has failed. All networks are stopped at the end.
 
-        A failed slide is recorded, and does not stop the others. After the first Ctrl-C, wait for the tasks in progress
-        and raise KeyboardInterrupt; after a second one, raise it at once. Call it from the main thread.
+        A failed slide is recorded, and does not stop the others. While the disk is full, nothing new is started. After
+        the first Ctrl-C or other signal of `interrupts.SIGNALS`, wait for the tasks in progress and then raise
+        KeyboardInterrupt; after a second one, raise it at once. Call it from the main thread, which receives signals.
 
-        PackageError if the model cannot be loaded, HoverBatchError if its process dies repeatedly, TooManyFailures if
-        more slides failed than the settings allow, InputError if a node cannot be used, and OSError if the run's
-        records cannot be written.
+        PackageError if the model's package cannot be loaded, HoverBatchError if its network cannot be loaded for
+        another reason or its process dies repeatedly. TooManyFailures if more slides failed than the settings allow,
+        InputError if a node cannot be used, and OSError if the run's records cannot be written.
         """
         self._waiting = deque(slides)
         patience_ends = time.monotonic() + PATIENCE_S

@@ -48,9 +48,9 @@ class Node:
 
     @classmethod
     def here(cls) -> Node:
-        """Return what this process may use of this machine.
+        """Return the CPU cores, GPUs and memory that this process may use of this machine.
 
-        CPU affinity, control group and CUDA_VISIBLE_DEVICES are respected. Only NVIDIA GPUs are counted, by their
+        CPU affinity, the control group and CUDA_VISIBLE_DEVICES are respected. Only NVIDIA GPUs are counted, by their
         device files.
         """
         return cls(_cpus(), _visible_gpus(), _memory())
@@ -76,10 +76,12 @@ class Resources:
     def limited(self, settings: Settings) -> Resources:
         """Return the CPU cores and GPUs that the settings request, taken from the nodes in order.
 
-        Without `--cpus` or `--gpus`, all are taken; with device cpu, no GPUs. Nodes of which nothing is used are left
-        out; the memory of the others is not divided.
+        Without `--cpus` or `--gpus`, all are taken; with device cpu, no GPUs. Nodes of which nothing is taken are left
+        out. The others keep all their memory.
 
-        InputError if the settings request more than is available.
+        `settings`: settings of the run.
+
+        InputError if they request more than is available.
         """
         engine = settings.engine
         if engine.cpus > self.cpus:
@@ -94,9 +96,11 @@ class Resources:
         return self.at_most(settings)
 
     def at_most(self, settings: Settings) -> Resources:
-        """Return the CPU cores and GPUs that the settings request; all of them if fewer are available than requested.
+        """Return the CPU cores and GPUs that the settings request, or all of them if fewer are available.
 
         They are taken from the nodes as in `limited`. Use it for a cluster, to which nodes may still be added.
+
+        `settings`: settings of the run.
         """
         engine = settings.engine
         cpus_left = engine.cpus or self.cpus
@@ -142,13 +146,15 @@ class EnginePlan:
     def object_store_bytes(self) -> int:
         """Size of Ray's object store in bytes.
 
-        It is twice the size of the blocks that are read ahead, and 512 MiB more, since masks and results need space,
-        too.
+        It is twice the size of the blocks that all networks read ahead, plus 512 MiB for masks and results.
         """
         return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
     def halved(self) -> EnginePlan | None:
-        """Return the plan with `posts` and `units_at_once` halved (rounded up), to save memory; None if both are 1."""
+        """Return the plan with `posts` and `units_at_once` halved (rounded up), to save memory; None if both are 1.
+
+        `halvings` counts one more; all else stays.
+        """
         if self.posts == self.units_at_once == 1:
             return None
         return replace(
@@ -183,7 +189,7 @@ def engine_plan(
 ) -> EnginePlan:
     """Return a plan that shares `resources` among networks, readers and post-processing.
 
-    Each node is shared separately. The plan has at least one network, and on GPUs at least as many as the settings
+    Each node is shared separately. The plan has at least one network; on GPUs, it has at least as many as the settings
     request, even if the cluster does not have the GPUs yet.
 
     A network on the CPU reserves its threads, but never the last core of a node, since it would wait forever for
@@ -192,8 +198,8 @@ def engine_plan(
 
     `settings`: settings in effect. `card`: card of the model, whose number of planes determines the memory of a unit.
     `predicts`: False for a run without networks, which makes new tables from stored predictions. `previous`: plan of a
-    run in progress whose nodes have changed; None for a new run. Its networks stay as they are, and only their number
-    changes. Its halvings apply to the new plan, too.
+    run in progress whose nodes have changed; None for a new run. The new plan keeps its halvings and the size of its
+    networks, and only changes their number.
 
     ValueError if there are no nodes.
     """
@@ -245,8 +251,10 @@ def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> b
     """Return whether the backend is auto and the slides have so few tiles that one process suffices.
 
     All slides together must have at most IN_PROCESS_TILES tiles. False if a cluster is to be joined, or a slide is in
-    cloud storage, since its number of tiles is unknown. A run nevertheless uses Ray if one of its slides was begun
-    before, because the slide may have crashed its process.
+    cloud storage, since its number of tiles is unknown. Even if the result is True, a run uses Ray if one of its slides
+    was begun before, because the slide may have crashed its process.
+
+    `engine`: settings of the backend. `slides`: slides still to be processed.
     """
     if engine.backend != "auto" or engine.address or not all(slide.grid for slide in slides):
         return False
@@ -254,7 +262,7 @@ def runs_in_process(engine: EngineSettings, slides: Sequence[PlannedSlide]) -> b
 
 
 def in_process_line(slides: Sequence[PlannedSlide]) -> str:
-    """Return the message that `auto` processes `slides` in one process, without Ray, and why."""
+    """Return the line for the user that says why `--backend auto` processes `slides` in one process, without Ray."""
     tiles = sum(slide.tiles for slide in slides)
     return f"backend: one process, because Ray would take longer to start than {counted(tiles, 'tile')} take (auto)"
 
@@ -262,9 +270,11 @@ def in_process_line(slides: Sequence[PlannedSlide]) -> str:
 def resource_lines(settings: Settings, card: Card, slides: Sequence[PlannedSlide]) -> list[str]:
     """Return lines of text about the resources that `segment` will use, as far as they are known without Ray or torch.
 
-    The resources of a cluster are not checked, and slides that were begun before are not considered.
+    The resources of a cluster are not checked. The lines do not consider that `segment` uses Ray if one of the slides
+    was begun before.
 
-    `card`: card of the network. `slides`: slides of the cohort, whose tiles decide whether Ray is used.
+    `settings`: settings in effect. `card`: card of the model. `slides`: slides of the cohort, whose tiles decide
+    whether Ray is used.
 
     InputError if the settings request more than this machine has.
     """

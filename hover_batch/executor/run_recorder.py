@@ -55,10 +55,11 @@ class RunRecorder:
         self._ledger.events.append(event, **values)
 
     def fail_unreadable(self, record: SlideRecord, reason: str) -> None:
-        """Record that a slide failed because its header cannot be read.
+        """Record that a slide failed in the stage open, because its header cannot be read.
 
-        `record`: the slide in the cohort. `reason`: message for the user. TooManyFailures if more slides failed than
-        the settings allow, OSError if the log cannot be written.
+        `record`: row of the slide in the cohort. `reason`: message for the user.
+
+        TooManyFailures if more slides failed than the settings allow, OSError if the log cannot be written.
         """
         self._failed(record, Stage.OPEN, reason)
 
@@ -66,8 +67,10 @@ class RunRecorder:
         """Return whether an earlier start with the same run key finished the slide, so that it is skipped.
 
         If so, count it as finished, call `on_done`, and remove the files of its sample and, if the settings say so, its
-        predictions. With --stop-at, a slide whose density is estimated precisely enough counts as finished, too; its
-        files stay, and `on_done` is not called. OSError if a file cannot be read or removed.
+        predictions. With --stop-at, a slide whose density is already estimated precisely enough counts as finished,
+        too; its files stay, and `on_done` is not called.
+
+        OSError if a file cannot be read or removed. Errors of `on_done` propagate.
         """
         slide_id, sample = slide.record.slide_id, self._settings.sample
         key = self._run_keys[slide_id]
@@ -83,9 +86,10 @@ class RunRecorder:
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
         """Return whether an earlier start with the same run key quarantined the slide, so that it is skipped.
 
-        If so, record it as failed. `retry`: whether to end the quarantine instead and return False. TooManyFailures if
-        more slides failed than the settings allow; OSError if quarantine.json cannot be read or removed, or the log
-        cannot be written.
+        If so, record it as failed. `retry`: if True, end the quarantine instead and return False.
+
+        TooManyFailures if more slides failed than the settings allow; OSError if quarantine.json cannot be read or
+        removed, or the log cannot be written.
         """
         record = slide.record
         quarantined = self._ledger.quarantined(record.slide_id, self._run_keys[record.slide_id])
@@ -99,15 +103,16 @@ class RunRecorder:
         return True
 
     def was_begun(self, slide: PlannedSlide) -> bool:
-        """Return whether an earlier start of the run has begun `slide`, so that the slide's folder exists."""
+        """Return whether an earlier start of the run has begun `slide`; True if the slide's folder exists."""
         return self._ledger.layout.slide(slide.record.slide_id).folder.exists()
 
     def begin(self, slide: PlannedSlide) -> SlideLayout:
         """Open the slide's folder, record the start and show the slide's warnings. Return the paths of the slide.
 
         Unfinished work with the same run key stays; other work is removed, and so is an existing slide.json or
-        estimate.json. Call it only if `skip_done` is False for the slide. OSError if the folder or the log cannot be
-        written.
+        estimate.json. Call it only if `skip_done` is False for the slide.
+
+        OSError if the folder or the log cannot be written.
         """
         slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
@@ -121,8 +126,10 @@ class RunRecorder:
     def record_survey(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
         """Log the numbers of a slide's units and tiles, and add its tiles and regions to the progress.
 
-        `units`: units of the slide, or clusters of its sample. `inferred`: those that earlier starts predicted.
-        `posted`: number of regions that earlier starts post-processed. OSError if the log cannot be written.
+        `units`: units of the slide, or clusters of its sample; each has one region. `inferred`: those that earlier
+        starts predicted. `posted`: number of regions that earlier starts post-processed.
+
+        OSError if the log cannot be written.
         """
         tiles = sum(len(u.tile_cells) for u in units)
         self.log_event("slide_surveyed", slide_id=slide_id, tiles=tiles, units=len(units))
@@ -136,8 +143,10 @@ class RunRecorder:
         Its tiles are not added to the progress, since the executor has already done so. Call `record_survey` for the
         slide first.
 
-        `slide_id`: slide of the unit. `seconds`: times of the unit by stage; without the stage infer, its maps were
-        stored before. OSError if the log cannot be written.
+        `slide_id`: slide of the unit. `unit`: the unit. `seconds`: times of the unit by stage. If the stage infer is
+        missing, the maps were already stored, and the event says that no tile was predicted.
+
+        OSError if the log cannot be written.
         """
         self.add_network_time(seconds)
         self._left[slide_id][0] -= len(unit.tile_cells)
@@ -145,18 +154,23 @@ class RunRecorder:
         self._timed_event("unit_done", slide_id, unit, seconds, tiles=predicted)
 
     def add_network_time(self, seconds: Seconds) -> None:
-        """Add the time that a network computed for a unit to `model_busy`, even if its slide has failed since.
+        """Add the time that a network computed for a unit to `model_busy`.
 
-        `seconds`: times of the unit by stage; ignored without the stage infer.
+        The time counts even if the slide of the unit has failed since.
+
+        `seconds`: times of the unit by stage; ignored if the stage infer is missing.
         """
         if Stage.INFER in seconds.spans:
             self._model.add(seconds)
 
     def record_region(self, slide_id: str, unit: Unit, seconds: Seconds) -> None:
-        """Log that the nuclei of the region of `unit` are on disk, and add the region to the progress.
+        """Log that the nuclei of a region are on disk, and add the region to the progress.
 
-        Call `record_survey` for the slide first. `slide_id`: slide of the region. `seconds`: times of the region by
-        stage. OSError if the log cannot be written.
+        Call `record_survey` for the slide first.
+
+        `slide_id`: slide of the region. `unit`: unit of the region. `seconds`: times of the region by stage.
+
+        OSError if the log cannot be written.
         """
         self._left[slide_id][1] -= 1
         self._timed_event("region_done", slide_id, unit, seconds)
@@ -175,9 +189,9 @@ class RunRecorder:
 
     @property
     def model_busy(self) -> float | None:
-        """Fraction (0 to 1) of the time from the first to the last prediction in which the networks computed.
+        """Fraction (0 to 1) of the time in which networks computed, from the first to the last prediction.
 
-        It is the mean over all networks; None if this start predicted nothing.
+        It is the mean over all networks (see `networks`). None if nothing was predicted since the run was last started.
         """
         if Stage.INFER not in self._model.spans:
             return None
@@ -187,12 +201,13 @@ class RunRecorder:
     def finish_slide(self, slide_id: str, values: Mapping[str, Any]) -> None:
         """Write slide.json or, if only the density is estimated, estimate.json, and count the slide as finished.
 
-        Warnings that arose since the slide began are shown. Once slide.json is written, the files of the slide's sample
-        and, if the settings say so, its predictions are removed, and `on_done` is called; with an estimate, all files
-        stay.
+        Warnings that arose since the slide began are shown. After slide.json is written, the files of the slide's
+        sample and, if the settings say so, its predictions are removed, and `on_done` is called. After estimate.json is
+        written, all files stay.
 
-        `values`: result of `hover_batch.sampled.finish`. OSError if a file cannot be written, or the sample's table
-        cannot be removed.
+        `values`: result of `hover_batch.sampled.finish`.
+
+        OSError if a file cannot be written, or the sample's table cannot be removed. Errors of `on_done` propagate.
         """
         key, seconds = self._run_keys[slide_id], time.monotonic() - self._started[slide_id]
         estimate = values.get("estimate")
@@ -219,7 +234,7 @@ class RunRecorder:
             discard_predictions(slide)
 
     def withdraw(self, slide: PlannedSlide) -> None:
-        """Remove the tiles and regions that `slide` still needs from the progress.
+        """Remove the tiles and regions of `slide` that are not done from the progress.
 
         Call it if the slide has failed or will start again.
         """
@@ -227,16 +242,16 @@ class RunRecorder:
         self.progress.expect(-tiles, -regions)
 
     def fail(self, slide: PlannedSlide, stage: Stage, error: Exception, trace: str | None = None) -> None:
-        """Record that the slide failed at `stage`, and quarantine it if the error is SlideQuarantined.
+        """Record that the slide failed at `stage`, and quarantine it if `error` is a SlideQuarantined.
 
-        The slide's unfinished tiles and regions are removed from the progress. The traceback of an unexpected error is
-        logged.
+        The slide's unfinished tiles and regions are removed from the progress. If the error is not a HoverBatchError,
+        its traceback is logged.
 
         `trace`: traceback of the error, if another process raised it; None to use the traceback of `error`.
 
         PackageError if `error` is one, since it is not caused by the slide: then nothing is recorded. TooManyFailures
-        if more slides failed than the settings allow. OSError if the log or, unless the disk is full, quarantine.json
-        cannot be written.
+        if more slides failed than the settings allow. OSError if the log or quarantine.json cannot be written; a full
+        disk is ignored for both.
         """
         record = slide.record
         if isinstance(error, PackageError):

@@ -118,7 +118,7 @@ class SlideState:
     def add_survey(self, surveyed: Surveyed) -> None:
         """Store the result of the survey, and queue the units and regions that are not done yet.
 
-        The slide can be finalized at once if all are done.
+        If all are done, the slide can be finalized at once.
         """
         self.surveyed = True
         self.units = surveyed.work.units
@@ -132,18 +132,18 @@ class SlideState:
         self._finalize_if_complete()
 
     def look_again(self) -> None:
-        """Return the slide to the survey stage, which draws more clusters because the present ones do not suffice.
+        """Send the slide back to the survey stage, which draws more clusters because the present ones do not suffice.
 
-        The counts of its verdicts are reset.
+        The counts of the verdicts on its tasks are reset.
         """
         self.surveyed = False
         self.next_stage = Stage.SURVEY
         self.verdicts.clear()
 
     def mark_inferred(self, index: int) -> None:
-        """Mark the unit `index` as predicted, and queue the regions that waited only for it.
+        """Mark the unit with the index `index` as predicted, and queue the regions that waited only for it.
 
-        The slide can be finalized once all its units and regions are done.
+        If all units and regions are now done, the slide can be finalized.
         """
         self.inferred.add(index)
         for region, needed in list(self.needs.items()):
@@ -154,7 +154,10 @@ class SlideState:
         self._finalize_if_complete()
 
     def count_region(self) -> None:
-        """Count a region as post-processed; once all units and regions are done, the slide can be finalized."""
+        """Count one more region as post-processed.
+
+        If all units and regions are now done, the slide can be finalized.
+        """
         self.regions_left -= 1
         self._finalize_if_complete()
 
@@ -178,8 +181,11 @@ class SlideState:
     def retry_or_quarantine(self, verdict: Verdict, task: Task, reason: str) -> SlideQuarantined | None:
         """Count the verdict on a task, queue the task again and return None.
 
-        The MAX_TIMES[verdict]-th time, do not queue it, but return the error with which the caller must quarantine the
-        slide. `verdict`: a key of MAX_TIMES. `reason`: cause of the fault, for the message.
+        If the task has now got the verdict MAX_TIMES[verdict] times, do not queue it. Instead, return the error with
+        which the caller must quarantine the slide.
+
+        `verdict`: a key of MAX_TIMES. `task`: the task that was interrupted. `reason`: cause of the fault, for the
+        message.
         """
         if self._count(verdict, task) < MAX_TIMES[verdict]:
             self.retry(task)
@@ -192,13 +198,14 @@ class SlideState:
         )
 
     def retry_later(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
-        """Retry later a task that did not find the results of the units in `unit_cells`.
+        """Schedule a retry of a task that did not find the results of some units, and return None.
 
-        Return None, or the error with which the slide must fail after MAX_TIMES[Verdict.RETRY] such faults. A region
-        waits for units that are not predicted yet. Otherwise the results should exist, and the file system may not show
-        them yet: the task is retried RETRY_S seconds after `now`.
+        A region waits for those of the units that are not predicted yet. In other cases, the results should exist, but
+        the file system may not show them yet: the task is retried RETRY_S seconds after `now`. After
+        MAX_TIMES[Verdict.RETRY] such faults, return the error with which the slide must fail.
 
-        `unit_cells`: (column, row) of each unit in the unit grid. `now`: time in seconds.
+        `task`: the task. `unit_cells`: (column, row) in the unit grid of each unit whose results are missing. `now`:
+        time in seconds.
         """
         missing = self._indices(unit_cells)
         if task.stage is Stage.POST and not missing <= self.inferred:
@@ -264,9 +271,9 @@ class OpenSlides:
         self._slides.append(slide)
 
     def close(self, slide: SlideState) -> None:
-        """Mark a slide as ended, because it is done or has failed, and remove it.
+        """Mark a slide as ended, because it is done or has failed, and remove it from the open slides.
 
-        Slides on hold can try again, since the caller then removes the copy of this one.
+        Slides on hold can try again, since the caller then removes the copy of this one. ValueError if it is not open.
         """
         slide.ended = True
         self._slides.remove(slide)
@@ -281,10 +288,10 @@ class OpenSlides:
     def take_tasks(
         self, running: Counter[Stage], max_surveys: int, max_posts: int, now: float
     ) -> Iterator[tuple[SlideState, Task]]:
-        """Yield the tasks to submit now, except units, and remove them from the queues.
+        """Yield the tasks to submit now, except those of units, and remove them from the queues.
 
-        Tasks whose retry is due are queued first. Finalizations come before regions, since they end a slide, and the
-        oldest slide comes first.
+        Tasks whose retry is due are queued first. Surveys and finalizations come before regions, since a finalization
+        ends a slide. In both groups, the tasks of the oldest slide come first.
 
         `running`: number of tasks in progress, by stage. `max_surveys`: maximum number of surveys in progress.
         `max_posts`: maximum number of regions and finalizations in progress. `now`: time in seconds.
@@ -315,11 +322,12 @@ class OpenSlides:
         Queue the task again, at once or for later, and return None; or close the slide and return the error with which
         it fails. Do nothing and return None if the slide has ended.
 
-        Strikes, lost nodes and a lack of memory are logged. SHORT_OF_MEMORY reduces the work at once, unless `reduced`
-        is set, and counts as a strike if that is not possible. DISK_FULL pauses the run; if only the disk for copies is
-        full and another slide can still end and free some space, it puts this slide on hold instead.
+        Strikes, lost nodes and a lack of memory are logged. SHORT_OF_MEMORY reduces the number of tasks that run at the
+        same time, unless `reduced` is set; if it cannot be reduced, the verdict counts as a strike. DISK_FULL pauses
+        the run. If only the disk for copies is full and another slide can still end and free some space, DISK_FULL puts
+        this slide on hold instead.
 
-        `now`: time in seconds. `reduced`: whether the work at once was reduced after the task was submitted, so that
+        `now`: time in seconds. `reduced`: whether the number of tasks was reduced after the task was submitted, so that
         memory may suffice now.
         """
         if slide.ended:

@@ -48,7 +48,7 @@ class Uploaded:
     def lines(self, root: Path, command: str) -> list[str]:
         """Return the result of the uploads as lines of text for the user.
 
-        `root`: folder of the run. `command`: command that the user repeats to upload the missing files.
+        `root`: folder of the run. `command`: command line that the user repeats to upload the missing files.
         """
         there = f"{counted(self.slides, 'slide')} to {self.url}"
         if not self.left:
@@ -83,16 +83,17 @@ class RunUpload:
     def begin(
         self, run_keys: Mapping[str, str], progress: CohortProgress, log: Callable[..., None], *, force: bool
     ) -> None:
-        """Check that the folder is empty or holds this run, upload run.json, and start the thread.
+        """Check that the folder is empty or holds this run, upload run.json, and start the thread that uploads.
 
         Call it once the run's own folder holds run.json.
 
         `run_keys`: run key of each slide by slide_id. `progress`: display of the progress. `log`: function that appends
-        an event to the run's log. `force`: remove another run's results from the folder first; files that the layout
-        does not name stay.
+        an event to the run's log. `force`: if True, remove the results in the folder first, instead of checking it;
+        files that the layout does not name stay.
 
         InputError if the folder holds anything else, cannot be read or cannot be written. SettingsChanged if it holds a
-        run of other settings, or a finished slide with another run key.
+        run of other settings, or a finished slide with another run key. OSError if the log cannot be written or
+        run.json cannot be read.
         """
         self._progress, self._log = progress, log
         try:
@@ -144,14 +145,14 @@ class RunUpload:
         self._folder.remove(others)
 
     def add(self, slide_id: str) -> None:
-        """Queue a finished slide, `slide_id`, for the thread that uploads; return at once."""
+        """Queue the finished slide `slide_id` for the thread that uploads, and show the progress. Return at once."""
         self._slides += 1
         self._left[slide_id] = ""
         self._wake.set()
         self._show()
 
     def result(self) -> Uploaded:
-        """Return which slides were uploaded and what is missing; complete only after the `with` block."""
+        """Return which slides were uploaded and what is missing. The result is final only after the `with` block."""
         left = {name or "the files of the run": reason for name, reason in self._left.items()}
         return Uploaded(self._folder.url, self._uploaded, left)
 

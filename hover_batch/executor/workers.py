@@ -48,8 +48,8 @@ BLOCKS_PER_TASK = 4
 def limit_threads() -> None:
     """Limit OpenCV and zarr in this process to one thread, for the core that a task reserves, and hide the GPUs.
 
-    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to the number of reserved cores; OpenCV and zarr do not. The
-    GPUs are hidden by CUDA_VISIBLE_DEVICES, which is set to "" in os.environ.
+    OpenMP and BLAS follow OMP_NUM_THREADS, which Ray sets to the number of reserved cores; OpenCV and zarr do not. To
+    hide the GPUs, CUDA_VISIBLE_DEVICES in os.environ is set to "". All of this stays set.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _limit_libraries()
@@ -85,17 +85,20 @@ def _copies(layout: SlideLayout, settings: Settings) -> Copies:
 
 @ray.remote(num_cpus=1, max_retries=0)
 def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layout: SlideLayout) -> Surveyed:
-    """Find the tissue of a slide, and which of its units, or of the clusters of its next look, are done.
+    """Find a slide's tissue and units, or draw the clusters of its next look, and find out which of them are done.
 
     survey.json and, for a sample, clusters.json are written, and the store is created if there is none. Corrupted units
     and leftovers of killed writes are removed from it, so nothing else may write to the slide at the same time. A slide
-    in cloud storage is copied to this machine.
+    in cloud storage is copied to this machine. Threads are limited and GPUs hidden in this process (see
+    `limit_threads`).
 
     `slide`: slide as planned. `package`: package of the model. `settings`: settings in effect. `layout`: paths of the
     slide's results, opened by `Ledger.open_slide`.
 
-    InputError if the pixel size is unknown; SlideError if the slide, its mask, or the results of the run that stored
-    its maps cannot be used; ScratchFull if there is no space for its copy; OSError if a file cannot be written.
+    InputError if the pixel size is unknown, or a slide in cloud storage does not exist or access to it is denied.
+    SlideError if the slide, its mask, or the results of the run that stored its maps cannot be used. ScratchFull if
+    there is no space for its copy. OSError if a file cannot be read or written; errors of zarr if the store is
+    corrupted.
     """
     limit_threads()
     seconds = Seconds()
@@ -117,10 +120,11 @@ def read_blocks(
 ) -> tuple[list[NDArray[np.uint8]], Seconds]:
     """Read boxes of a slide. Return the pixels of each, RGB (y, x, 3) uint8, in order, and the seconds by stage.
 
-    The slide stays open in this process for the next call. A slide in cloud storage is copied to this machine first.
+    A slide in cloud storage is copied to this machine first. The slide stays open in this process for the next call;
+    after an error, it is closed. Threads are limited and GPUs hidden in this process (see `limit_threads`).
 
-    `record`: the slide. `fingerprint`: that of the slide, which its copy must have. `copies`: the run's copies on this
-    machine. `grid`: inference grid of the slide. `boxes`: in inference pixels of `grid`.
+    `record`: row of the slide in the cohort. `fingerprint`: fingerprint of the slide, which a copy must have. `copies`:
+    the run's copies on this machine. `grid`: inference grid of the slide. `boxes`: in inference pixels of `grid`.
 
     InputError or SlideError if the slide cannot be read, ScratchFull if there is no space for its copy.
     """
@@ -140,8 +144,11 @@ def read_blocks(
 def post_region(work: SlideWork, index: int) -> Seconds:
     """Post-process the region of the unit `work.units[index]`, and write its nuclei. Return the seconds by stage.
 
-    UnitsMissing if it needs units that are not predicted, or not visible on this node. SlideError if another run has
-    taken over the slide's folder, or a shard is corrupted. OSError if the part cannot be written.
+    Threads are limited and GPUs hidden in this process (see `limit_threads`).
+
+    UnitsMissing if it needs units that are not predicted, or whose results are not visible on this node. SlideError if
+    another run has taken over the slide's folder, or a shard is corrupted. OSError if the part cannot be written;
+    errors of zarr if the store is corrupted.
     """
     limit_threads()
     return post(work.units[index], work, open_store(work))
@@ -151,8 +158,10 @@ def post_region(work: SlideWork, index: int) -> Seconds:
 def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any] | None:
     """Write the tables and pictures of a slide or of its estimate. Return the content of slide.json or estimate.json.
 
-    The caller writes this file. Return None if the density is not precise enough, so that another look is needed.
-    `seconds`: times of the slide's earlier stages.
+    The caller writes that file. The result is None if the density is not estimated precisely enough, so that another
+    look is needed. Threads are limited and GPUs hidden in this process (see `limit_threads`).
+
+    `work`: slide, or clusters of a look, whose units are all done. `seconds`: times of the slide's earlier stages.
 
     UnitsMissing if results of units are not visible on this node. InputError or SlideError if the slide cannot be read,
     SlideError if another run has taken over its folder or two regions hold the same nucleus. ScratchFull if there is no
@@ -188,8 +197,10 @@ class InferActor:
     def start(self) -> None:
         """Load the network; call this once, before any unit.
 
-        OpenCV and zarr are limited to one thread in this process. PackageError if the package cannot be loaded,
-        InputError if the device cannot be used.
+        OpenCV and zarr are limited to one thread in this process. On the CPU, torch's number of threads is set, too.
+
+        PackageError if the weights cannot be loaded or the network cannot be compiled, InputError if the device cannot
+        be used.
         """
         _limit_libraries()
         self.predictor = self.load(self.package, self.settings)
@@ -197,9 +208,13 @@ class InferActor:
     def infer(self, work: SlideWork, index: int) -> Seconds:
         """Predict the unit `work.units[index]`, and write its maps to the slide's store. Return the seconds by stage.
 
-        WorkerDied if a process that reads its pixels died, ScratchFull if there is no space for the slide's copy,
-        NetworkFailed if the network raises an exception, InputError or SlideError if the slide cannot be read,
-        SlideError if another run has taken over its folder, OSError if a file cannot be written.
+        Pixels are read by tasks in other processes (see `read_blocks`). If the maps are stored already, they are not
+        predicted again.
+
+        WorkerDied if a process that reads pixels died, ScratchFull if there is no space for the slide's copy,
+        NetworkFailed if the network raises an exception. InputError or SlideError if the slide cannot be read,
+        SlideError if another run has taken over its folder. OSError if a file cannot be written; errors of zarr if the
+        store is corrupted.
         """
         return infer(work.units[index], work, self._reading(work), self.predictor, open_store(work), lambda _: None)
 

@@ -29,7 +29,7 @@ def doubled(trial: Trial) -> int:
     free memory, or the gain in tiles per second is less than MIN_GAIN. The result is 1 even if one tile takes too much
     memory.
 
-    `trial`: measures a batch size. Its errors other than torch.OutOfMemoryError propagate.
+    `trial`: function that measures a batch size (see `Trial`). Its errors other than torch.OutOfMemoryError propagate.
     """
     best, seconds_per_tile = 1, float("inf")
     for size in (2**n for n in range(MAX_BATCH.bit_length())):
@@ -46,8 +46,9 @@ def doubled(trial: Trial) -> int:
 def cuda_trial(compute: Callable[[Tensor], object], side: int, device: torch.device) -> Trial:
     """Return a `Trial` that measures `compute` on a CUDA device.
 
-    It measures the median of REPEATS calls, after one that selects kernels. The share of memory refers to the memory
-    that is free when this function is called.
+    The trial runs random tiles and returns the median seconds of REPEATS calls, after one that selects kernels. The
+    share of memory refers to the memory that is free when this function is called. Each trial resets torch's peak
+    memory statistics of the device, and raises torch.OutOfMemoryError if the batch does not fit.
 
     `compute`: function of tiles (n, 3, side, side) uint8 RGB on the device. `side`: side of a tile in pixels. `device`:
     the CUDA device.

@@ -26,9 +26,10 @@ VARIABLE = "HOVER_BATCH_CACHE"
 
 
 def cache_folder() -> Path:
-    """Return the path of the cache: HOVER_BATCH_CACHE, by default `hover-batch` in the user's cache folder.
+    """Return the path of the cache. The folder may not exist.
 
-    The folder may not exist.
+    It is the value of the environment variable HOVER_BATCH_CACHE. If that is not set, it is the folder `hover-batch` in
+    XDG_CACHE_HOME, or in ~/.cache.
     """
     if configured := os.environ.get(VARIABLE):
         return Path(configured).expanduser().absolute()
@@ -36,33 +37,43 @@ def cache_folder() -> Path:
 
 
 def is_package_name(text: str) -> bool:
-    """Return whether `text` can be the name of a package in the cache.
+    """True if `text` can be the name of a package in the cache.
 
-    It consists of letters, digits and . _ + -, and begins with a letter or digit. `starter` is reserved for the
-    package that is installed with hover-batch. A file name such as model.safetensors is also valid, so `find_package`
-    gives existing files precedence.
+    A name consists of ASCII letters, digits and the characters . _ + -, and begins with a letter or digit. False for
+    `starter`, which is reserved for the package that is installed with hover-batch. True for a file name such as
+    model.safetensors, so `find_package` gives existing files precedence.
     """
     return text != "starter" and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", text) is not None
 
 
 def cached_package(name: str) -> Path:
-    """Return the path in the cache of the package with the name `name`, whether or not it exists."""
+    """Return the path of the package `name` in the cache, models/NAME.safetensors. The file may not exist."""
     return cache_folder() / "models" / f"{name}.safetensors"
 
 
 def cached_packages() -> list[Path]:
-    """Return the paths of all packages in the cache, sorted by name."""
+    """Return the paths of all packages in the cache, sorted by name; empty if there are none."""
     return sorted((cache_folder() / "models").glob("*.safetensors"))
 
 
 def cached_downloads() -> Iterator[Path]:
-    """Yield the paths of the files in the downloads folder that were used at least once, sorted."""
+    """Yield the paths of all downloads whose hash was recorded, sorted.
+
+    These are the files that were used at least once. A file may have been removed since; only its hash is certain to
+    exist.
+    """
     for record in sorted((cache_folder() / "downloads").rglob("*.sha256")):
         yield record.with_suffix("")
 
 
 def download_path(source: str) -> Path:
-    """Return the path in the cache of a download, whether or not it exists. `source`: URL or published name."""
+    """Return the path of a download in the cache. The file may not exist.
+
+    It is downloads/NAME.pth for a published name, and downloads/HASH/FILE for a URL. HASH is the first 16 hex digits of
+    the URL's SHA-256, and FILE is the last part of its path.
+
+    `source`: URL or published name.
+    """
     downloads = cache_folder() / "downloads"
     if "://" not in source:
         return downloads / f"{source}.pth"
@@ -74,8 +85,8 @@ def download_path(source: str) -> Path:
 def check_download(path: Path, expected: str | None = None) -> None:
     """Check the SHA-256 of a cached file, and record it in PATH.sha256 if it is not recorded there.
 
-    `path`: path of the file. `expected`: expected hash in hex, which replaces the recorded one; by default the recorded
-    one, if any.
+    `path`: path of the file. `expected`: expected hash in hex, which replaces the recorded one. If None, the recorded
+    hash is expected; if none is recorded, any file is accepted.
 
     PackageError if the hash differs, the file cannot be read, or the hash cannot be recorded. OSError if the disk is
     full.

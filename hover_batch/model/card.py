@@ -6,9 +6,10 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.taxonomy import Taxonomy
 from hover_batch.uncertainty import Uncertainty
@@ -69,8 +70,8 @@ class Card:
     uncertainty: Mapping[str, Any] = field(default_factory=dict)
     """Measured errors of the model (`hover_batch.uncertainty.Uncertainty` as JSON); empty if they were not measured."""
     seam_exact: bool = True
-    """Whether a nucleus is the same in every division of a slide into units. False if the post-processing of one
-    nucleus depends on others, so that seams are merged by overlap."""
+    """Whether a nucleus depends on its own connected component alone. False if the nuclei of a tile are merged by
+    score, and those on its edges by overlap, so that they depend on where tiles lie, but not on units."""
     system: str = "hover"
     """What the network learned and how its output becomes nuclei: a key of `hover_batch.model.heads.SYSTEMS`."""
     weights_sha256: str = ""
@@ -86,7 +87,7 @@ class Card:
 
     @property
     def margin(self) -> int:
-        """Context on each side of the kept part of a tile, in pixels."""
+        """Context on each side of the kept part of a tile, in pixels: (tile_in - tile_out) / 2."""
         return (self.tile_in - self.tile_out) // 2
 
     @property
@@ -97,7 +98,7 @@ class Card:
         return MapLayout(len(self.taxonomy.classes))
 
     def check_sobel_norm(self, sobel_norm: str) -> None:
-        """Check that the normalisation of Sobel maps that the user chose can be used with this model.
+        """Check that the user's choice of --sobel-norm can be used with this model.
 
         `sobel_norm`: "fixed" or "window". InputError for "window" if the model has no Sobel maps.
         """
@@ -106,6 +107,22 @@ class Card:
                 f"--sobel-norm window: {self.name} has no Sobel maps, since its nuclei are found as by {self.system}; "
                 "leave the option out"
             )
+
+    def supported(self, settings: InferSettings) -> InferSettings:
+        """Return `settings` with the runtime torch, if it is `auto` and only torch can run this model's network.
+
+        InputError if another runtime is wanted for such a network.
+        """
+        from hover_batch.model.heads import TORCH_SYSTEMS
+
+        if self.system not in TORCH_SYSTEMS or settings.runtime == "torch":
+            return settings
+        if settings.runtime != "auto":
+            raise InputError(
+                f"--runtime {settings.runtime}: {self.name} runs with torch only, because its network does not do the "
+                "same work for each image; leave --runtime out"
+            )
+        return replace(settings, runtime="torch")
 
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON values by name; the inverse of `from_json`.
@@ -152,10 +169,12 @@ class Card:
             raise PackageError(f"the card's encoder is {short(self.encoder)}: must be a name")
         if not 0.01 <= self.mpp <= 100:
             raise PackageError(f"the card's mpp is {self.mpp}: must be 0.01 to 100 µm per pixel")
-        from hover_batch.model.heads import SYSTEMS
+        from hover_batch.model.heads import JOINED_SYSTEMS, SYSTEMS
 
         if self.system not in SYSTEMS:
             raise PackageError(f"the card's system is {short(self.system)}: must be one of {', '.join(SYSTEMS)}")
+        if self.seam_exact and self.system in JOINED_SYSTEMS:
+            raise PackageError(f"the card's seam_exact is true: must be false for the system {self.system}")
         wanted = _SOBEL if self.system == "hover" else set()
         numbers = [v for v in self.sobel.values() if type(v) in (int, float) and math.isfinite(v)]
         if self.sobel.keys() != wanted or len(numbers) != len(wanted):
@@ -184,6 +203,9 @@ class Card:
 
 
 def short(value: object) -> str:
-    """Return `value` for a message: at most its first 100 characters, quoted, with non-ASCII characters escaped."""
+    """Return `value` as ASCII text for a message: quoted, and cut after 100 characters.
+
+    Non-ASCII characters are escaped. A value that is not a string is represented by its repr.
+    """
     text = value if isinstance(value, str) else repr(value)
     return ascii(text if len(text) <= 100 else f"{text[:100]}…")

@@ -43,12 +43,12 @@ _DAMAGED = (
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
     """Read a published checkpoint. Return its network, in evaluation mode on the CPU, and a card for it.
 
-    A download is cached. The card has the Sobel constants of the starter.
+    The network needs no gradients, and the card has the Sobel constants of the starter. A download is cached.
 
     `source`: path of a file, a URL, or the name of one of tiatoolbox's models; an existing path takes precedence over a
     name. `kind`: a key of KINDS; by default the source's name if it is one, or else the first kind that matches the
-    shapes of the tensors. `sha256`: expected SHA-256 of the file in hex; not checked if None, except against the one
-    recorded for a download.
+    shapes of the tensors. `sha256`: expected SHA-256 of the file in hex. If None, only a download is checked, against
+    its recorded hash.
 
     PackageError if the file cannot be downloaded or read, its hash differs, or it is not a checkpoint of a known kind.
     OSError if the disk is full.

@@ -27,7 +27,8 @@ class CompiledNetwork(nn.Module):
     def forward(self, image: torch.Tensor) -> Any:
         """Return the network's output for a batch.
 
-        The first call with a shape and precision compiles the network, which takes minutes.
+        The first call with a shape and precision compiles the network, which takes minutes. During the call, torch's
+        setting `torch._dynamo.config.suppress_errors` is False.
 
         `image`: RGB in [0, 1], float (b, 3, y, x), on the network's device. PackageError if the network cannot be
         compiled.

@@ -51,7 +51,7 @@ def cost_of(network: nn.Module, card: Card) -> Cost:
 
     `network`: network of the package. `card`: card of the package, for the architecture and the sides of tiles.
 
-    PackageError if the architecture is not known or a StoredNetwork cannot be read.
+    PackageError if the architecture is not known, or the OpenVINO model of a StoredNetwork cannot be read.
     """
     if isinstance(network, StoredNetwork):
         macs, constants = model_macs(network.model())
@@ -90,8 +90,8 @@ def seconds_per_patch(network: nn.Module, card: Card, batch: int = 16) -> float:
     It is measured on the device and in the precision of the network's weights. Use it only to compare networks on one
     idle machine.
 
-    `network`: network in evaluation mode. `card`: card of the package, for the side of the patches. `batch`: number of
-    patches.
+    `network`: network in evaluation mode. `card`: card of the package, for the side of the patches (see `patch_side`).
+    `batch`: number of patches.
 
     PackageError if the card's architecture is not known, torch.OutOfMemoryError if the batch does not fit in the GPU's
     memory.

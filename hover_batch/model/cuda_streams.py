@@ -1,4 +1,4 @@
-"""Streams of a CUDA device (see in_flight.py): copies from and to pinned memory run beside the computation."""
+"""Streams of a CUDA device (see in_flight.py): copies from and to pinned memory run during the computation."""
 
 from __future__ import annotations
 
@@ -72,8 +72,9 @@ class CudaStream:
     def run(self, work: Callable[..., Tensor], *inputs: CudaStep) -> CudaStep:
         """Queue `work`, and return its step without waiting. `CudaStep.result` raises the errors of the work.
 
-        `work`: called with the tensors of `inputs`; returns a tensor. `inputs`: steps, also of other streams, that are
-        done before the work begins.
+        `work`: called at once, in the calling thread and with this stream as the current one, with the tensors of
+        `inputs`; returns a tensor. `inputs`: steps of this or of other streams. The device begins the work after they
+        are done.
         """
         step = CudaStep()
         try:

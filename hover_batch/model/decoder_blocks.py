@@ -17,7 +17,7 @@ MEAN = STD = 0.5
 
 
 class ConvBlock(nn.Module):
-    """Convolution of 3 × 3 pixels, normalisation and ReLU; with `upsample` first a transposed convolution by 2."""
+    """Convolution of 3 × 3 pixels, normalisation and ReLU; with `upsample`, after a transposed convolution by 2."""
 
     def __init__(self, inputs: int, outputs: int, *, upsample: bool = False) -> None:
         super().__init__()
@@ -35,22 +35,25 @@ class ConvBlock(nn.Module):
 
 
 def upsampling(inputs: int, outputs: int) -> nn.Module:
-    """Return a transposed convolution from (b, inputs, y, x) to (b, outputs, 2 y, 2 x).
+    """Return a transposed convolution that doubles the sides of maps.
 
-    `inputs`, `outputs`: numbers of channels.
+    It maps (b, inputs, y, x) to (b, outputs, 2 y, 2 x). `inputs`, `outputs`: numbers of channels.
     """
     return nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
 
 
 def normalised(image: Tensor) -> Tensor:
-    """Return `image`, float RGB in [0, 1] of any shape, normalised by MEAN and STD, as in training."""
+    """Return (image - MEAN) / STD, the normalisation of the training. `image`: float RGB in [0, 1] of any shape."""
     return (image - MEAN) / STD
 
 
 def check_normalisation(record: Mapping[str, Any]) -> None:
-    """Check that a checkpoint was trained with the normalisation MEAN and STD, as far as it states one.
+    """Check that a checkpoint was trained with the normalisation MEAN and STD, both 0.5.
 
-    `record`: content of the checkpoint besides its tensors. PackageError if it states another normalisation.
+    A checkpoint that states no normalisation is accepted.
+
+    `record`: content of the checkpoint besides its tensors. Its entry `config` may state
+    `transformations.normalize.mean` and `transformations.normalize.std`. PackageError if one of them has another value.
     """
     settings = record.get("config")
     if not isinstance(settings, Mapping):

@@ -28,12 +28,15 @@ _TIMEOUT_S = 60.0
 def fetched(source: str, sha256: str | None = None) -> Path:
     """Return the path of the cached file of `source`; download it if it is not in the cache.
 
-    The file's hash is recorded at its first use. A new download with another hash than expected is removed.
+    The file's hash is recorded at its first use. A new download with another hash than expected is removed. Nothing is
+    downloaded if the environment variable HF_HUB_OFFLINE is set.
 
-    `source`: key of KINDS or a URL. `sha256`: expected SHA-256 in hex; by default the recorded one, if any.
+    `source`: key of KINDS, or a URL with https (http only to this machine). `sha256`: expected SHA-256 in hex; by
+    default the recorded one, if any.
 
-    PackageError if the hash differs, the URL is not https, or the file cannot be downloaded; in the last case the
-    message says which file to copy and where. OSError if the disk is full.
+    PackageError if the hash differs, the URL is not allowed, tiatoolbox does not have the model, or the file cannot be
+    downloaded; in the last case the message says which file to copy and where. OSError if the disk is full, KeyError
+    for an unknown name.
     """
     path = download_path(source)
     was_cached = path.is_file()

@@ -15,12 +15,15 @@ FINE = 4
 
 
 def fine_layers_in_fp32(network: nn.Module, side: int) -> nn.Module:
-    """Return `network` with those convolutions of its encoder in fp32 whose output is at least 1/FINE of the input.
+    """Return `network` with the convolutions of its encoder that have a high resolution in fp32.
 
-    `network`: in evaluation mode; a U-Net is changed itself, and other networks are returned unchanged. `side`: side of
-    the tiles in pixels.
+    These are the convolutions whose output has at least 1/FINE of the tile's side. A U-Net of
+    segmentation-models-pytorch is changed in place; any other network is returned unchanged.
+
+    `network`: network in evaluation mode. `side`: side of the tiles in pixels.
     """
-    if not isinstance(network, smp.Unet):
+    encoder = network.encoder if isinstance(network, smp.Unet) else None
+    if encoder is None:
         return network
     fine: set[nn.Module] = set()
 
@@ -28,13 +31,13 @@ def fine_layers_in_fp32(network: nn.Module, side: int) -> nn.Module:
         if output.shape[-1] * FINE >= side:
             fine.add(layer)
 
-    layers = [layer for layer in network.encoder.modules() if isinstance(layer, nn.Conv2d)]
+    layers = [layer for layer in encoder.modules() if isinstance(layer, nn.Conv2d)]
     hooks = [layer.register_forward_hook(note) for layer in layers]
     with torch.inference_mode():
-        network.encoder(next(network.parameters()).new_zeros(1, 3, side, side))
+        encoder(next(network.parameters()).new_zeros(1, 3, side, side))
     for hook in hooks:
         hook.remove()
-    for parent in list(network.encoder.modules()):
+    for parent in list(encoder.modules()):
         for name, layer in parent.named_children():
             if layer in fine:
                 setattr(parent, name, _InFp32(layer))

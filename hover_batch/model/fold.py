@@ -13,7 +13,8 @@ def folded(network: nn.Module) -> nn.Module:
     """Return the network in evaluation mode, with batch normalisations folded into the convolutions before them.
 
     Only a BatchNorm2d directly after a Conv2d in a Sequential is folded. The result is a copy whose outputs differ by
-    rounding; a network without such a pair is returned itself. In both cases, `network` is set to evaluation mode.
+    rounding. If there is no such pair, `network` itself is returned. In both cases, `network` is set to evaluation
+    mode.
     """
     network = network.eval()
     if next(_pairs(network), None) is None:

@@ -29,12 +29,20 @@ SYSTEMS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "hover": ("h", "v"),
         "dist": ("distance", "unused_v"),
         "micronet": ("unused_h", "unused_v"),
+        "mask-rcnn": ("to_centre_x", "to_centre_y"),
     }
 )
 """System → names of its planes h and v in stored maps. A system is what a network learns and how its output becomes
-nuclei: HoVerNet's, DIST's (h is the distance to the nucleus's edge divided by DISTANCE_PX) or Micro-Net's."""
+nuclei: HoVerNet's, DIST's (h is the distance to the nucleus's edge divided by DISTANCE_PX), Micro-Net's or Mask R-CNN's
+(h and v are the distances to the centre of the nucleus's box divided by CENTRE_PX)."""
+JOINED_SYSTEMS = frozenset({"mask-rcnn"})
+"""Systems that find a nucleus in each tile that it meets, and join the pieces by overlap."""
+TORCH_SYSTEMS = frozenset({"mask-rcnn"})
+"""Systems whose networks only torch can run, because the work depends on what is in the image."""
 DISTANCE_PX = 32
 """Largest distance to the edge of a nucleus in pixels that DIST stores; a stored step is a quarter of a pixel."""
+CENTRE_PX = 127
+"""Largest distance to the centre of a nucleus in pixels that Mask R-CNN stores; a stored step is a pixel."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,12 @@ class Heads:
 
     @property
     def tp(self) -> slice:
-        """Channels of the output with the class logits, background first."""
+        """Channels of the output with the class logits, background first: 4 … 4 + n_types - 1."""
         return slice(_TP_START, _TP_START + self.n_types)
 
     @property
     def channels(self) -> int:
-        """Number of channels of the network's output."""
+        """Number of channels of the network's output, 4 + n_types."""
         return _TP_START + self.n_types
 
 
@@ -86,31 +94,31 @@ class MapLayout:
 
     @property
     def tp(self) -> slice:
-        """Planes of the maps with the class probabilities, background first."""
+        """Planes of the maps with the class probabilities, background first: 3 … 3 + n_types - 1."""
         return slice(3, 3 + self.n_types)
 
     @property
     def hematoxylin(self) -> int:
-        """Index of the plane of the hematoxylin density."""
+        """Index of the plane of the hematoxylin density, 3 + n_types."""
         return 3 + self.n_types
 
     @property
     def eosin(self) -> int:
-        """Index of the plane of the eosin density."""
+        """Index of the plane of the eosin density, 4 + n_types."""
         return 4 + self.n_types
 
     @property
     def planes(self) -> int:
-        """Number of planes of the maps."""
+        """Number of planes of the maps, 5 + n_types."""
         return 5 + self.n_types
 
     def merge(self, maps: NDArray[np.uint8], ids: tuple[int, ...]) -> NDArray[np.uint8]:
         """Return a copy of maps in which classes are merged, (plane, y, x) uint8 in the layout MapLayout(max(ids) + 1).
 
-        The probabilities of classes with the same new id are added; sums that rounding brings above 1 are clipped.
+        The probabilities of classes with the same new id are added. Sums that rounding brings above 1 are clipped.
 
-        `maps`: (plane, y, x) uint8 in this layout. `ids` (n_types): new id of each class, in the order of the old ids.
-        ValueError if `ids` has another length.
+        `maps`: (plane, y, x) uint8 in this layout. `ids` (n_types): new id of each class, background included, in the
+        order of the old ids. ValueError if `ids` has another length.
         """
         sums = np.zeros((max(ids) + 1, *maps.shape[1:]), np.uint16)
         for plane, new_id in zip(maps[self.tp], ids, strict=True):
@@ -119,9 +127,9 @@ class MapLayout:
         return np.concatenate([maps[: self.tp.start], merged_planes, maps[self.tp.stop :]])
 
     def names(self, classes: tuple[str, ...], system: str = "hover") -> list[str]:
-        """Return the names of all planes in order, for the store's attributes.
+        """Return the names of all planes in order, for the attributes of the stored maps.
 
-        Names of class probabilities begin with tp_.
+        They are np, the system's names of h and v, tp_NAME for each class, hematoxylin and eosin.
 
         `classes` (n_types): names of the classes, background first. `system`: a key of SYSTEMS; KeyError for others.
         """

@@ -28,8 +28,10 @@ _LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY 4.0": "cc-by-4.0", "Ap
 def hub_card(package: Package) -> str:
     """Return the text of a package's README.md for Hugging Face: YAML metadata, then Markdown.
 
-    All values come from the package's card, except the hash of the file. In the metadata, an unknown licence is
-    `other`.
+    All values come from the package's card, except the hash of the file. In the metadata, a licence that Hugging Face
+    has no identifier for is `other`.
+
+    `package`: package on disk.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -115,7 +117,7 @@ def _scores(card: Card) -> Iterator[tuple[str, str, str, float]]:
 
 
 def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
-    """Return the mapping inside `values` at `path`, one key per level; empty if there is none."""
+    """Return the mapping inside `values` that the keys `path` lead to, one key per level; empty if there is none."""
     for name in path:
         inner = values.get(name)
         if not isinstance(inner, Mapping):
@@ -125,9 +127,9 @@ def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
 
 
 def listed_entries(values: Mapping[str, Any]) -> str:
-    """Return the entries of `values` as text, such as `a 1, b 2`.
+    """Return the entries of `values` as one line, such as `a 1, b 2`.
 
-    An entry `a: {"images": 3, …}` becomes `a 3 images`.
+    An entry `a: {"images": 3, …}` is written as `a 3 images`.
     """
     return ", ".join(
         f"{k} {v['images']} images" if isinstance(v, Mapping) and "images" in v else f"{k} {v}"

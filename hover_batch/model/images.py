@@ -23,10 +23,11 @@ OfTiles = Callable[[NDArray[np.uint8]], NDArray[Any]]
 
 
 def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
-    """Return a suitable number of tiles per batch for the card's architecture.
+    """Return a suitable number of tiles per batch on a CPU for the card's architecture.
 
-    `shapes`: shapes (y, x, …) in pixels of images that are processed one by one, if they are known. The result is then
-    at most the number of tiles of the largest image. PackageError if the architecture is not known.
+    `card`: card of the model. `shapes`: shapes (y, x, …) in pixels of images that are processed one by one, if they are
+    known. The result is then at most the number of tiles of the largest image. PackageError if the architecture is not
+    known.
     """
     tile_counts = [-(-shape[0] // card.tile_out) * -(-shape[1] // card.tile_out) for shape in shapes]
     usual = architecture(card.architecture).batch
@@ -35,6 +36,9 @@ def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the maps of a whole image, (plane, y, x) uint8 (see `MapLayout`), predicted tile by tile.
+
+    Beyond its border, the image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved, for later
+    calls as well.
 
     `predictor`: loaded network. `image`: (y, x, 3) uint8 RGB of any size, with the pixel size of the model, `card.mpp`.
 
@@ -46,7 +50,9 @@ def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.
 def image_logits(predictor: Predictor, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
     """Return the network's output for each of several whole images, (channel, y, x) float32 (see `Heads`).
 
-    Tiles of several images share batches, without effect on the output (see `hover_batch.model.predict`).
+    Tiles of several images share batches, without effect on the output (see `hover_batch.model.predict`). Beyond its
+    border, an image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved, for later calls as
+    well.
 
     `predictor`: loaded network. `images`: (y, x, 3) uint8 RGB each, of any sizes, with the pixel size of the model,
     `card.mpp`.

@@ -57,12 +57,12 @@ class Computed:
         self.span = started, time.time()
 
     def result(self) -> NDArray[np.uint8]:
-        """Return the maps (n, plane, tile_out, tile_out) uint8 at once."""
+        """Return the maps (n, plane, tile_out, tile_out) uint8, without waiting."""
         return self._maps
 
 
 class Step(Protocol):
-    """Work in a stream. `seconds`: how long the device took for it, known after `result`."""
+    """Work in a stream. `seconds`: time that the device took for it, known after `result`."""
 
     @property
     def seconds(self) -> float:
@@ -78,9 +78,10 @@ class Stream(Protocol):
     """Queue of a device: its work is done in order, and in parallel with that of other streams."""
 
     def run(self, work: Callable[..., Tensor], *inputs: Any) -> Step:
-        """Queue `work`, and return its step without waiting.
+        """Queue `work`, and return its step without waiting. `Step.result` raises the errors of the work.
 
-        `work` is called with the tensors of the steps `inputs` once they are done. `Step.result` raises its errors.
+        `work`: called with the tensors of `inputs`; returns a tensor. `inputs`: steps of this or of other streams. The
+        device begins the work after they are done.
         """
         ...
 
@@ -152,7 +153,9 @@ class InFlight:
 def in_flight(
     batches: Iterable[tuple[Key, Tiles]], submit: Callable[[Tiles], Pending]
 ) -> Iterator[tuple[Key, Pending]]:
-    """Submit batches one after the other, and yield each with its key, in order. At most IN_FLIGHT batches are pending.
+    """Submit batches one after the other, and yield the key and the pending result of each, in order.
+
+    At most IN_FLIGHT batches are pending at a time.
 
     `batches`: key and tiles of each batch; read only as far as needed. `submit`: begins to predict a batch, as
     `Predictor.submit` does; its errors propagate.

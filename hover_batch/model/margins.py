@@ -23,9 +23,9 @@ Window = tuple[int, int]
 def without_margin(network: nn.Module, tile_in: int, tile_out: int) -> nn.Module:
     """Return a network that computes only the kept pixels, the central `tile_out` × `tile_out` of each tile.
 
-    It maps (b, 3, tile_in, tile_in) to (b, channels, tile_out, tile_out) and shares the weights of `network`. This
-    works for U-Nets with BLOCKS decoder blocks, such as the students, whose tiles have a margin. All other networks are
-    returned themselves.
+    It maps (b, 3, tile_in, tile_in) to (b, channels, tile_out, tile_out) and shares the weights of `network`. If the
+    tiles have no margin, or `network` is not a U-Net with BLOCKS decoder blocks, as the students are, `network` itself
+    is returned.
 
     `tile_in`, `tile_out`: sides in pixels of a tile and of its kept part.
     """

@@ -99,15 +99,20 @@ class StoredNetwork(nn.Module):
         self._compiled: Any = None
 
     def model(self) -> Any:
-        """Return the network as an openvino.Model. PackageError if the stored bytes are not one."""
+        """Return the network as a new openvino.Model, read from the stored bytes.
+
+        PackageError if the bytes are not an OpenVINO model, ImportError if OpenVINO is not installed.
+        """
         with as_package_error():
             return core().read_model(self.xml.cpu().numpy().tobytes(), self.weights.cpu().numpy().tobytes())
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the network's output (b, channels, y, x) float32 on the device of `image`. The first call compiles it.
+        """Return the network's output (b, channels, y, x) float32 on the device of `image`.
 
-        `image`: RGB in [0, 1], (b, 3, side, side) float, of the side that the model takes. PackageError if the network
-        cannot be compiled.
+        The first call compiles the network. It is computed on the CPU, whatever the device of `image`.
+
+        `image`: RGB in [0, 1], (b, 3, side, side) float, where `side` is that of the stored model. PackageError if the
+        network cannot be compiled, ImportError if OpenVINO is not installed.
         """
         if self._compiled is None:
             with as_package_error():
@@ -120,7 +125,9 @@ class StoredNetwork(nn.Module):
 def convert(network: nn.Module, side: int) -> Any:
     """Convert a network to an openvino.Model for one image (1, 3, side, side) float32.
 
-    `network` itself is set to evaluation mode and float32; the model of a StoredNetwork is returned as it is stored.
+    `network` itself is set to evaluation mode and float32. The model of a StoredNetwork is returned as it is stored.
+    Python's warnings are suppressed in the whole process during the conversion.
+
     `side`: side of the image in pixels.
 
     InputError if OpenVINO is not installed, PackageError if it cannot convert the network.
@@ -156,7 +163,7 @@ def cached_conversion(package_sha256: str, side: int, code: Path | None, load: C
     on which the conversion depends; None if it has no file. `load`: loads the network if it is not in the cache; its
     errors propagate.
 
-    PackageError if OpenVINO cannot convert the network.
+    InputError if OpenVINO is not installed, PackageError if it cannot convert the network.
     """
     folder = cache_folder() / "openvino" / _key(package_sha256, side, code)
     with contextlib.suppress(OSError, PackageError, RuntimeError, ImportError):
@@ -185,7 +192,7 @@ def _key(package_sha256: str, side: int, code: Path | None) -> str:
 
 @contextlib.contextmanager
 def as_package_error() -> Iterator[None]:
-    """Return a context manager that converts a RuntimeError of OpenVINO to a PackageError with the remedy."""
+    """Return a context manager that converts a RuntimeError to a PackageError, which advises --runtime torch."""
     try:
         yield
     except RuntimeError as error:
@@ -194,9 +201,10 @@ def as_package_error() -> Iterator[None]:
 
 
 def model_macs(model: Any) -> tuple[int, int]:
-    """Return two numbers, (macs, constants), of an openvino.Model.
+    """Return (macs, constants) of an openvino.Model.
 
-    macs: multiply-accumulates of its convolutions and matrix products. constants: number of values in its constants.
+    macs: number of multiply-accumulates of its convolutions and matrix products. constants: number of values in its
+    constants.
 
     `model`: openvino.Model with static shapes.
     """

@@ -39,15 +39,17 @@ class Predictor:
     """Network on its device, ready to predict batches of tiles.
 
     `network`: as `load_network` returns it, or an OpenVinoNetwork. `card`: card of its package. `settings`: may contain
-    `auto`. On the CPU, torch's number of threads in this process is set. Call it from one thread at a time; threads
-    that share it hold `turn`.
+    `auto`. Call it from one thread at a time; threads that share it hold `turn`.
+
+    Settings of this process are changed: on the CPU, torch's number of threads is set; on a GPU, cuDNN computes without
+    TF32.
 
     InputError if the device cannot be used; PackageError if the network cannot be compiled for it.
     """
 
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
         self.card = card
-        resolved = resolve(settings)
+        resolved = resolve(card.supported(settings))
         self.device = torch.device(resolved.device)
         self.precision = resolved.precision
         self.runtime = resolved.runtime
@@ -98,9 +100,9 @@ class Predictor:
     def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Pending:
         """Begin to predict tiles; `Pending.result` returns their maps, as `predict` does.
 
-        On a GPU, the call returns without waiting for the device, and errors of the device are raised by
-        `Pending.result`. Otherwise the maps are computed at once, with the errors of `predict`. Several threads may
-        call this method; they take turns.
+        On a GPU, the call returns without waiting for the device, and `Pending.result` raises the errors of the device.
+        Otherwise the maps are computed at once, with the errors of `predict`. Several threads may call this method;
+        they take turns.
 
         `tiles`: RGB (tile_in, tile_in, 3) uint8 each, at most `batch` of them.
         """
@@ -123,7 +125,9 @@ class Predictor:
         If fp16 overflows, the tiles are computed again in fp32. If the device runs out of memory, `at_once` is halved,
         for later calls as well.
 
-        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. torch.OutOfMemoryError if one tile is too much.
+        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch` of them.
+
+        torch.OutOfMemoryError if one tile does not fit in memory, PackageError if the network cannot be compiled.
         """
         return self._as_fits(tiles, lambda rgb: self._quantised(self._checked_output(rgb), rgb))
 
@@ -131,9 +135,12 @@ class Predictor:
     def logits(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the network's output for the kept pixels of tiles (see `Heads`).
 
-        It is (n, channel, tile_out, tile_out) float32. Overflow and lack of memory are handled as in `predict`.
+        It is (n, channel, tile_out, tile_out) float32. If fp16 overflows, the tiles are computed again in fp32. If the
+        device runs out of memory, `at_once` is halved, for later calls as well.
 
-        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch`. torch.OutOfMemoryError if one tile is too much.
+        `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch` of them.
+
+        torch.OutOfMemoryError if one tile does not fit in memory, PackageError if the network cannot be compiled.
         """
         return self._as_fits(tiles, self._checked_output)
 
@@ -195,7 +202,7 @@ class Predictor:
     def autocast(self) -> torch.autocast:
         """Return a context manager in which torch computes in the predictor's `precision`.
 
-        It has no effect unless the precision is fp16 or bf16.
+        It has an effect only if the precision is fp16 or bf16.
         """
         short = _SHORT.get(self.precision)
         return torch.autocast(self.device.type, short or torch.bfloat16, enabled=short is not None)
@@ -204,14 +211,15 @@ class Predictor:
 def load_predictor(package: Package, settings: InferSettings) -> Predictor:
     """Load a package's network onto its device, ready to predict.
 
-    With OpenVINO, the converted network is cached. On the CPU, torch's number of threads in this process is set.
+    With OpenVINO, the converted network is cached. Settings of this process are changed: on the CPU, torch's number of
+    threads is set; on a GPU, cuDNN computes without TF32.
 
-    `settings`: settings of inference, which may contain `auto`.
+    `package`: package on disk. `settings`: settings of inference, which may contain `auto`.
 
     InputError if the device cannot be used, PackageError if the weights cannot be loaded or the network cannot be
     compiled.
     """
-    card, resolved = package.card, resolve(settings)
+    card, resolved = package.card, resolve(package.card.supported(settings))
     if resolved.runtime != "openvino":
         return Predictor(load_network(package), card, settings)
 
@@ -227,8 +235,8 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 def auto_batch(package: Package, settings: InferSettings) -> int:
     """Return the batch size that inference with `settings` uses for `package` on this machine.
 
-    The network is loaded. With `--batch auto` on a GPU, the size is found in a trial of a few seconds; otherwise it is
-    that of `resolve`.
+    The network is loaded, and released afterwards. With `--batch auto` on a GPU, the size is found in a trial of a few
+    seconds; otherwise it is that of `resolve`. Settings of this process are changed as by `load_predictor`.
 
     InputError if the device cannot be used, PackageError if the network cannot be loaded or compiled.
     """
@@ -285,8 +293,8 @@ def stain_density(rgb: Tensor) -> Tensor:
 def resolve(settings: InferSettings) -> InferSettings:
     """Return the settings with `auto` replaced by the device, precision and runtime for this machine.
 
-    A run records the result. On a GPU, AUTO_BATCH remains, because the batch size depends on the network (see
-    `auto_batch`).
+    A run records the result. On the CPU, an `auto` batch size is replaced, too. On a GPU, AUTO_BATCH remains, because
+    the batch size depends on the network (see `auto_batch`).
 
     InputError if the device is not available, or cannot be combined with the runtime or the precision.
     """

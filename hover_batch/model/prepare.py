@@ -20,7 +20,9 @@ from hover_batch.model.upsampling import upsampling_merged
 def on_device(network: nn.Module, device: torch.device) -> nn.Module:
     """Return the network on a device, in evaluation mode, folded (see `folded`) and in channels-last memory format.
 
-    `network` itself is set to evaluation mode; it is also moved to the device, unless folding made a copy.
+    `network` itself is set to evaluation mode. If folding made no copy, `network` itself is moved and returned.
+
+    `device`: device on which the network will compute.
     """
     network = folded(network).to(device)
     laid_out: nn.Module = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
@@ -31,10 +33,11 @@ def prepared(network: nn.Module, card: Card, device: torch.device, runtime: Runt
     """Return a package's network, optimised for inference on a device.
 
     The result maps RGB in [0, 1], float (b, 3, tile_in, tile_in), to (b, channels, y, x), whose centre holds the kept
-    pixels. `network` itself is set to evaluation mode and may be moved to the device.
+    pixels. `network` itself is set to evaluation mode, and may be changed and moved to the device.
 
-    `card`: card of the package. `runtime`: runtime that will compute it; "openvino" needs another form of some layers.
-    `precision`: precision in which autocast will compute it; with fp16 and bf16, some layers stay in fp32.
+    `card`: card of the package. `device`: device on which the network will compute. `runtime`: runtime that will
+    compute it; "openvino" needs another form of some layers. `precision`: precision in which autocast will compute it;
+    with fp16 and bf16, some layers stay in fp32.
     """
     network = on_device(network, device)
     if runtime == "openvino":  # torch's transposed convolutions depend on the number of threads

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 def upsampling_merged(network: nn.Module) -> nn.Module:
     """Return a copy of a U-Net in which each decoder block's upsampling is merged with the convolution after it.
 
-    The output is the same up to rounding. Other networks, and U-Nets whose blocks cannot be merged, are returned
-    themselves, unchanged.
+    The output is the same up to rounding. If `network` is not a U-Net of segmentation-models-pytorch, or one of its
+    blocks cannot be merged, `network` itself is returned unchanged.
     """
     if not isinstance(network, smp.Unet) or not all(_doubles(block) for block in network.decoder.blocks):
         return network

@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 
 @njit(cache=True, nogil=True)
 def flood(own: NDArray[np.bool_], energy: NDArray[np.float32], markers: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the instances of a component, (y, x) int32, 0 outside of it, grown from its markers until they fill it.
+    """Return the instances of a component, grown from its markers until they fill it.
+
+    They are (y, x) int32, 0 outside of the component. Pixels of low energy, after a blur by 3 × 3 pixels, are reached
+    first.
 
     `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2) float32: see `energy_around`.
     `markers` (y, x) int32: numbers of the markers, 0 = none; not changed.

@@ -29,12 +29,13 @@ WriteGroup = Callable[[pa.Table], None]
 
 @contextmanager
 def geoparquet_writer(path: Path, schema: pa.Schema, metadata: Mapping[str, Any]) -> Iterator[WriteGroup]:
-    """Yield the function that writes row groups to the file `path`, which is complete when the block ends.
+    """Return a context manager that creates a GeoParquet file and yields the function that writes its row groups.
 
-    If the block raises an error, the file lacks its metadata. Groups must not be empty.
+    The file is complete when the block ends. If the block raises an error, the file lacks its metadata. A group must
+    not be empty, and each of its columns must have one chunk.
 
-    `schema`: columns, among them `bbox` and `geometry`. `metadata`: JSON values by name, for the entry `hover_batch` of
-    the file's metadata.
+    `path`: file to write. `schema`: columns, among them `bbox` and `geometry`. `metadata`: JSON values by name, for the
+    entry `hover_batch` of the file's metadata.
 
     OSError if the file cannot be written.
     """

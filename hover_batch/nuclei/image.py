@@ -15,10 +15,11 @@ from hover_batch.nuclei.watershed import instance_map
 def instances_of(
     planes: NDArray[np.uint8], splitter: Splitter | None, min_area_px: int = PostSettings.min_area_px
 ) -> NDArray[np.int32]:
-    """Return the instances (y, x) int32 of at least `min_area_px` pixels, numbered 1 … n, 0 = background.
+    """Return the instances of an image, (y, x) int32, numbered 1 … n, 0 = background.
 
     `planes` (3, y, x) uint8: stored planes np, h and v (see `MapLayout`). `splitter`: post-processing of the model's
-    system; None for HoVerNet's with Sobel maps normalised by their own extremes (see `instance_map`).
+    system; None for HoVerNet's with Sobel maps normalised by their own extremes (see `instance_map`). `min_area_px`:
+    number of pixels below which instances are dropped.
     """
     return without_debris(instance_map(planes[0], planes[1], planes[2], splitter), min_area_px)
 

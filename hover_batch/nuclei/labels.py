@@ -19,7 +19,10 @@ class WholeComponents:
     def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Return components of a window as one instance each, (y, x) int32, numbered 1 … n, 0 = background.
 
-        Components of fewer than MIN_PIXELS pixels are dropped. Arguments as in `Splitter.split`; `planes` is not used.
+        Components of fewer than MIN_PIXELS pixels are dropped.
+
+        `planes` is not used. `components`: components of the window. `chosen` (n,): whether each component is kept; the
+        others become background.
         """
         kept = chosen & components.large
         return np.where(kept, np.cumsum(kept), 0).astype(np.int32)[components.labels]

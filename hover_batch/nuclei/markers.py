@@ -27,7 +27,9 @@ def markers_of(
 ) -> tuple[NDArray[np.int32], int]:
     """Return the markers of a component, (y, x) int32, 0 = none, and their number m.
 
-    They are numbered 1 … m in the order of their first pixels. Markers of fewer than MIN_PIXELS pixels are dropped.
+    Markers are the 4-connected pieces of the pixels with an energy below MARKER_ENERGY, after holes are filled and the
+    result is opened by an ellipse of 5 × 5 pixels. They are numbered 1 … m in the order of their first pixels. Markers
+    of fewer than MIN_PIXELS pixels are dropped.
 
     `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2) float32: see `energy_around`.
     `edges`: whether the box touches the left, upper, right and lower edge of the window; like OpenCV, the opening

@@ -67,7 +67,10 @@ class Nuclei:
         return len(self.area_px)
 
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> Self:
-        """Return a selection of the nuclei, in the order of `rows`: indices (k,) int64, or a mask (n,) bool."""
+        """Return a selection of the nuclei, in the order of `rows`.
+
+        `rows`: indices (k,) int64, or a mask (n,) bool.
+        """
         index = np.arange(len(self))[rows]
         columns = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "contours"}
         return type(self)(**columns, contours=[self.contours[i] for i in index])
@@ -104,8 +107,8 @@ def measure(
     `seam_uncertain` is False for all.
 
     `instances` (y, x) int32: 0 = background, 1 … n without gaps. `maps` (plane, y, x) uint8: stored maps of the same
-    window, in the planes of `layout`. `origin`: absolute (x, y) of the window's first pixel, which is added to all
-    positions.
+    window. `layout`: layout of the planes of `maps`. `origin`: absolute (x, y) of the window's first pixel, which is
+    added to all positions.
     """
     n = int(instances.max())
     maps = np.ascontiguousarray(maps)

@@ -20,14 +20,14 @@ MARGIN = 16
 def owned(core: Box, nuclei: Nuclei) -> Nuclei:
     """Return the nuclei whose anchor lies in `core`, in their order.
 
-    `core`: box in the coordinates of the anchors.
+    `core`: box in the coordinates of the anchors; half-open. `nuclei`: nuclei to choose from.
     """
     x, y = nuclei.anchor_x, nuclei.anchor_y
     return nuclei.take((core.x0 <= x) & (x < core.x1) & (core.y0 <= y) & (y < core.y1))
 
 
 def clear_of_margin(bounds: NDArray[np.int64], window: Box) -> NDArray[np.bool_]:
-    """Return whether each box lies in `window` without touching its margin, MARGIN pixels wide: (n,) bool.
+    """Return, for each box, True if it lies in `window` without touching its margin, MARGIN pixels wide: (n,) bool.
 
     `bounds` (n, 4): x0, y0, x1, y1 of each box, half-open, relative to the window. `window`: only its size matters.
     """

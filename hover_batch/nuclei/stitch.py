@@ -79,11 +79,13 @@ def nuclei_of_region(
 
 
 def load_kernels(layout: MapLayout, splitter: Splitter | None) -> None:
-    """Load the compiled functions of post-processing, for which each process otherwise waits at its first region.
+    """Run post-processing once on a small artificial region, so that its compiled functions are in memory.
 
-    They are compiled, which takes longer, if numba's cache does not have them.
+    Otherwise, each process would wait for them at its first region. If numba's cache does not have them, they are
+    compiled, which takes longer.
 
-    `layout`, `splitter`: planes of the maps that will be processed, and their post-processing.
+    `layout`: planes of the maps that will be processed. `splitter`: post-processing of the model's system; None as in
+    `nuclei_of_region`.
     """
 
     def square(box: Box) -> NDArray[np.uint8]:

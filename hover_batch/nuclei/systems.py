@@ -9,12 +9,14 @@ from hover_batch.model.card import Card
 from hover_batch.nuclei.components import Splitter
 from hover_batch.nuclei.dist import DynamicWatershed
 from hover_batch.nuclei.labels import WholeComponents
+from hover_batch.nuclei.mask_rcnn import JoinedPieces
 from hover_batch.nuclei.watershed import SobelConstants
 
 _SPLITTERS: dict[str, Callable[[Mapping[str, float]], Splitter]] = {
     "hover": SobelConstants.from_json,
     "dist": lambda _: DynamicWatershed(),
     "micronet": lambda _: WholeComponents(),
+    "mask-rcnn": lambda _: JoinedPieces(),
 }
 
 
@@ -30,7 +32,10 @@ def splitter(system: str, sobel: Mapping[str, float]) -> Splitter:
 
 
 def splitter_of(card: Card, sobel_norm: SobelNorm = "fixed") -> Splitter | None:
-    """Return the post-processing of a model; None for HoVerNet's with Sobel maps normalised by each window's extremes.
+    """Return the post-processing of a model.
+
+    None for `sobel_norm` "window", which means HoVerNet's post-processing with Sobel maps normalised by each window's
+    extremes.
 
     `card`: card of the model. `sobel_norm`: "fixed" for the constants on the card, "window" for each window's extremes.
 

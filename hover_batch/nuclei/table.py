@@ -69,7 +69,10 @@ class TableContext:
     """Estimate of which these are the counted nuclei (JSON); None for the table of a whole slide."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry `hover_batch` of the file's metadata, as JSON values by name."""
+        """Return the entry `hover_batch` of the file's metadata, as JSON values by name.
+
+        The key `estimate` is left out for the table of a whole slide. `scalings` are not included.
+        """
         grid = self.grid
         return {
             "schema_version": SCHEMA_VERSION,
@@ -104,8 +107,8 @@ class MergeResult:
 def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
     """Return the columns of nuclei.parquet, in order. No column is nullable.
 
-    `taxonomy`: classes of the nuclei; each has a column `prob_<class>`. `calibrated`: columns after which a column with
-    their calibrated values follows.
+    `taxonomy`: classes of the nuclei; each has a column `prob_<class>`. `calibrated`: names of the columns that are
+    followed by a column with their calibrated values.
     """
     columns: list[tuple[str, pa.DataType]] = [
         ("slide_id", pa.string()),
@@ -141,8 +144,10 @@ def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Sch
 def part_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
     """Return the columns of a part: those of nuclei.parquet, with the anchor instead of nucleus_id.
 
-    The anchor, anchor_y and anchor_x in inference pixels, comes first; the merge sorts by it. Arguments as in
-    `table_schema`.
+    The columns anchor_y and anchor_x, in inference pixels, come first; the merge sorts by them. No column is nullable.
+
+    `taxonomy`: classes of the nuclei. `calibrated`: names of the columns that are followed by a column with their
+    calibrated values.
     """
     anchors = [pa.field(name, pa.int64(), nullable=False) for name in ("anchor_y", "anchor_x")]
     return pa.schema(anchors + [field for field in table_schema(taxonomy, calibrated) if field.name != "nucleus_id"])
@@ -226,9 +231,9 @@ def merge_parts(
     `out` is replaced atomically. The anchors of one row of regions all lie above those of the next, so memory holds one
     row of regions and one row group, independent of the slide's height.
 
-    `parts`: the file of each region, with its row in the grid of regions. `context`: slide and model, for the file's
-    metadata and the column slide_id. `select`: chooses the nuclei of the table by their centroids, before they are
-    numbered; None for all.
+    `parts`: for each region, its row in the grid of regions and the path of its file. `context`: slide and model, for
+    the file's metadata and the column slide_id. `select`: chooses the nuclei of the table by their centroids, before
+    they are numbered; None for all.
 
     SlideError if two regions hold the same nucleus, OSError if a file cannot be read or written, pyarrow.ArrowInvalid
     if a part is corrupted.

@@ -71,9 +71,9 @@ class SobelConstants:
 
     @property
     def scaling(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Scales for h and v, and offsets for h and v: a Sobel sum s of stored steps is scaled to s·scale - offset.
+        """Scales and offsets of the Sobel maps: ((scale_h, scale_v), (offset_h, offset_v)).
 
-        A scale is 0 if minimum and maximum are equal.
+        A Sobel sum s of stored steps is scaled to s·scale - offset. A scale is 0 if minimum and maximum are equal.
         """
         scale_h, scale_v = _scale(self.h_min, self.h_max), _scale(self.v_min, self.v_max)
         return (scale_h / HV_STEPS, scale_v / HV_STEPS), (self.h_min * scale_h, self.v_min * scale_v)
@@ -81,13 +81,13 @@ class SobelConstants:
     def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
-        A component with one marker becomes one instance (flooding from one marker fills its component); a component
-        without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances are numbered by component, then by
-        the first pixel of their marker. The result is exact for components at least REACH pixels from the window's
-        edge.
+        A component with one marker becomes one instance, because flooding from one marker fills its component. A
+        component without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances are numbered 1 … n by
+        component, then by the first pixel of their marker. The result is exact for components at least REACH pixels
+        from the window's edge.
 
         `planes` (2, y, x) uint8: stored planes h and v. `components`: components of the same window. `chosen` (n,):
-        whether each component is split.
+        whether each component is split; the others become background.
         """
         # All components that are large enough enter the energy: the blur reads diagonal neighbours.
         large = components.large
@@ -96,12 +96,15 @@ class SobelConstants:
         return np.asarray(instances, np.int32)
 
     def to_json(self) -> dict[str, float]:
-        """Return the constants by name, for model cards; the inverse of `from_json`."""
+        """Return the numbers h_min, h_max, v_min and v_max by name, for model cards; the inverse of `from_json`."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the constants from `data`, the result of `to_json`. PackageError if a number is missing or invalid."""
+        """Return the constants from `data`, as `to_json` returns them.
+
+        `data`: the numbers h_min, h_max, v_min and v_max by name. PackageError if one of them is missing or invalid.
+        """
         try:
             return cls(**{f.name: float(data[f.name]) for f in fields(cls)})
         except (KeyError, TypeError, ValueError) as error:

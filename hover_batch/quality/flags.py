@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 FlagName = Literal[
     "no_tissue",
+    "mask",
     "no_nuclei",
     "few_nuclei",
     "many_nuclei",
@@ -53,6 +54,7 @@ _LOGARITHMIC = {"nuclei_per_mm2", "area_um2", "sharpness"}
 _MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "sharpness": 0.2, "seg_score": 0.04, "type_prob": 0.03}
 """Minimum standard deviation of a cohort, logarithmic for factors, since serial sections are nearly equal."""
 
+_ON_TISSUE_SHARE = 0.5
 _BLURRED_SHARE = 0.3
 _INK_SHARE = 0.005
 _BROWN_SHARE = 0.15
@@ -129,6 +131,13 @@ RULES = (
         "outline as mask_path.",
     ),
     _Rule(
+        "mask",
+        lambda s: s["mask_on_tissue"] is not None and s["mask_on_tissue"] < _ON_TISSUE_SHARE,
+        "Only {s[mask_on_tissue]:.0%} of the mask lies on stained tissue. Look at thumbnail.jpg: check that the mask "
+        "was drawn on this slide, is neither flipped nor inverted, and counts in level-0 pixels, not in µm or pixels "
+        "of another level.",
+    ),
+    _Rule(
         "no_nuclei",
         lambda s: s["nuclei"] == 0 and s["tissue_mm2"] != 0,
         "No nucleus was found in the tissue. Look at overlay.jpg: check that the slide is H&E, in focus, and has the "
@@ -201,8 +210,8 @@ RULES = (
 def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag, ...]]:
     """Return the flags of each slide of a cohort, by slide_id; an empty tuple for a slide without flags.
 
-    Slides are compared with each other if at least MIN_COHORT have a measure. Measures that a slide lacks, because an
-    older version made it, give no flags.
+    A measure of a slide is compared with those of the other slides if at least MIN_COHORT slides have it. Measures that
+    are missing in slide.json, because an older version wrote it, give no flags.
 
     `slides`: content of slide.json by slide_id.
     """
@@ -216,10 +225,13 @@ def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag
 
 
 def summary_columns(slide: Mapping[str, Any], flags: Sequence[Flag]) -> dict[str, Any]:
-    """Return one slide's quality columns in the summary, values by column; None for those that were not measured.
+    """Return the quality columns of one slide in the summary, values by column; None for what was not measured.
 
-    `out_of_focus` is relative to the model's limits only, not to the cohort. `slide`: content of slide.json. `flags`:
-    flags of the slide.
+    The columns are h_od_mean, e_od_mean, seg_score_mean, type_prob_mean, out_of_focus, ink and flags. `out_of_focus` is
+    the share (0 to 1) of the sampled fields whose sharpness is below the model's limit; the cohort is not considered.
+    `flags` has the names of the flags, separated by semicolons.
+
+    `slide`: content of slide.json. `flags`: flags of the slide.
     """
     measures = _measures(slide)
     columns = {f"{name}_mean": measures.get(name) for name in ("h_od", "e_od", "seg_score", "type_prob")}
@@ -275,7 +287,7 @@ def _cohort_bounds(slides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float
 
 
 def counts_of(flags: Mapping[str, Sequence[Flag]]) -> dict[FlagName, int]:
-    """Return the number of slides with each flag, by flag in the order of FLAG_NAMES, without zeros.
+    """Return the number of slides with each flag, by name in the order of FLAG_NAMES, without flags that no slide has.
 
     `flags`: flags of each slide, by slide_id.
     """

@@ -26,10 +26,13 @@ _MIN_PIXELS = 200
 
 
 def mean_measures(nuclei: Path) -> dict[str, float]:
-    """Return the means of h_od, e_od, seg_score and type_prob over all nuclei, by name; empty if there are no nuclei.
+    """Return the means over all nuclei of a slide, by name; empty if there are no nuclei.
 
-    h_od and e_od are optical densities, the others are from 0 to 1. `nuclei`: path of nuclei.parquet. OSError if it
-    cannot be read.
+    The names are h_od and e_od, which are optical densities, and seg_score and type_prob, which are from 0 to 1.
+
+    `nuclei`: path of nuclei.parquet.
+
+    OSError if the table cannot be read.
     """
     sums, count = dict.fromkeys(_MEANS, 0.0), 0
     with pq.ParquetFile(nuclei) as table:
@@ -41,12 +44,14 @@ def mean_measures(nuclei: Path) -> dict[str, float]:
 
 
 def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
-    """Return at most MAX_FIELDS fields in inference pixels, spread over those with at least MIN_NUCLEI nuclei.
+    """Return up to MAX_FIELDS fields of a slide, as boxes in inference pixels; empty if none has enough nuclei.
 
-    The list is empty if no field has so many. Fields are squares of side FIELD, aligned with the chunks of the store
-    and clipped to the slide, in raster order. They are chosen at equal steps among all fields with enough nuclei.
+    Fields are squares of FIELD inference pixels a side, aligned with the chunks of the store and clipped to the slide.
+    From those with at least MIN_NUCLEI nuclei, in raster order, fields at equal steps are chosen.
 
-    `nuclei`: path of nuclei.parquet. `grid`: inference grid of the slide. OSError if the table cannot be read.
+    `nuclei`: path of nuclei.parquet. `grid`: inference grid of the slide.
+
+    OSError if the table cannot be read.
     """
     counts = np.zeros((-(-grid.size.height // FIELD), -(-grid.size.width // FIELD)), np.int64)
     with pq.ParquetFile(nuclei) as table:
@@ -62,7 +67,7 @@ def sampled_fields(nuclei: Path, grid: Grid) -> list[Box]:
 
 
 def field_sharpness(fields: list[Box], read: Callable[[Box], NDArray[np.uint8]], layout: MapLayout) -> list[float]:
-    """Return the sharpness of each field, in order, without fields that have too few pixels near nuclei.
+    """Return the sharpness of each field, in order, by `sharpness`; fields for which it is None are left out.
 
     `fields`: boxes in inference pixels. `read`: function that returns the stored maps (plane, y, x) uint8 of a box; its
     exceptions propagate. `layout`: planes of these maps.
@@ -74,10 +79,10 @@ def field_sharpness(fields: list[Box], read: Callable[[Box], NDArray[np.uint8]],
 def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float | None:
     """Return the sharpness of the nuclei of a field; None if too few pixels are near nuclei.
 
-    It is about 2 in a sharp field, 0.5 in a blurred one, and 0 in a uniform one. The field is first reduced by
-    _BINNING, to means of 2 × 2 inference pixels, so that 20× and 40× scans can be compared. The sharpness is the root
-    of the energy of the Laplacian divided by that of the gradient, per reduced pixel: it measures the mean spatial
-    frequency, and does not depend on contrast and stain.
+    It is about 2 in a sharp field, 0.5 in a blurred one, and 0 in a uniform one. The field is first reduced to means of
+    2 × 2 inference pixels, so that 20× and 40× scans can be compared. The sharpness is the square root of the ratio of
+    two energies per reduced pixel, those of the Laplacian and the gradient. It measures the mean spatial frequency, and
+    does not depend on contrast and stain. At least 200 reduced pixels near nuclei are needed.
 
     `hematoxylin`: stored optical densities, (y, x) uint8 in inference pixels. `near`: whether a pixel is near a
     nucleus, where densities are stored, (y, x) bool.

@@ -15,17 +15,21 @@ _PADDING = 3
 
 
 def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, float]:
-    """Return the measures of a thumbnail by name.
+    """Return the measures `ink`, `brown`, `chroma` and `dark` of a thumbnail, by name.
 
-    Pixels finer than 4 µm are first reduced to this size; the measures refer to the reduced thumbnail. Pixels whose R,
-    G and B are all at most 3 count as not scanned. Shares are from 0 to 1.
+    Thumbnails with pixels finer than 4 µm are first reduced to 4 µm per pixel, and the measures are those of the
+    reduced thumbnail. Pixels whose R, G and B are all at most 3 count as not scanned. Stained pixels are scanned, have
+    an optical density above 0.2 in at least one channel, and differ by more than 20 between channels. Shares are from 0
+    to 1.
 
-    - `ink`: share of the pixels with the colours of pens, in spots of at least 3 × 3 pixels: blue, green,
-      red, and black, for which R, G and B must be nearly equal, all below 60, and scanned.
-    - `brown`: share of the stained pixels that absorb blue most, as DAB does; 0 if no pixels are stained.
-    - `chroma`: 95th percentile, over the scanned pixels, of the difference between the largest and the smallest of R, G
-      and B (0 to 255); 0 if no pixels were scanned.
-    - `dark`: share of the pixels whose R, G and B are all below 200, including those that were not scanned.
+    - `ink`: share of all pixels that have the colour of a pen (blue, green, red or black) and lie in spots of at least
+      3 × 3 such pixels. Black pixels are scanned, have R, G and B below 60, and differ by less than 12 between
+      channels.
+    - `brown`: share of the stained pixels that absorb more blue than green and red, as DAB does; 0 if no pixel is
+      stained.
+    - `chroma`: 95th percentile over the scanned pixels of the largest of R, G and B minus the smallest (0 to 255); 0 if
+      no pixel was scanned.
+    - `dark`: share of all pixels whose R, G and B are below 200, including those that were not scanned.
 
     `image`: RGB (y, x, 3) uint8, without drawings. `pixel_um`: side of its pixels in µm.
     """

@@ -54,7 +54,7 @@ class Trial:
 
     @property
     def plausible(self) -> bool:
-        """Whether the median nucleus has an area that nuclei can have, by LIMITS."""
+        """Whether the area of the median nucleus lies within LIMITS["area_um2"]."""
         low, high = LIMITS["area_um2"]
         return low <= self.area_um2 <= high
 
@@ -62,8 +62,8 @@ class Trial:
     def fit(self) -> float:
         """Measure of how well the nuclei fit the pixel size, at most 1; higher is better.
 
-        It is the mean seg_score, reduced by how much the area of the median nucleus differs from the usual one. The
-        value is meaningless without nuclei.
+        It is seg_score − 0.04 · log2(area_um2 / 23)², where 23 µm² is the area of the median nucleus in a usual field.
+        The value is meaningless without nuclei.
         """
         return self.seg_score - _SIZE_WEIGHT * math.log2(self.area_um2 / _USUAL_UM2) ** 2
 
@@ -71,15 +71,15 @@ class Trial:
 def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSettings) -> str:
     """Return a sentence that says which pixel size the nuclei of a slide on disk fit best.
 
-    The densest field is predicted at several pixel sizes. The sentence begins with "warning:" if the nuclei fit another
-    size better than the given one, or none fits. Without tissue or enough nuclei, it says that the size was not
-    checked, with a warning if the size is unusual and nuclei are missing.
+    The field with the most stained tissue is predicted at several pixel sizes. The sentence begins with "warning:" if
+    the nuclei fit another size better than the given one, or fit none. Without tissue or enough nuclei, it says that
+    the size was not checked. If nuclei are missing and the given size is unusual, this is a warning, too.
 
     `record`: row of the slide in the cohort. `predictor`: network, with its card. `tissue`: settings of the tissue
-    mask, in which the densest field is searched for.
+    mask, in which the field is searched for.
 
-    InputError if the pixel size is unknown, or a DICOM folder holds several slides; SlideError if the slide cannot be
-    read. Errors of the network propagate.
+    InputError if the pixel size is unknown, or a DICOM folder holds several slides. SlideError if the slide or its mask
+    cannot be used. Errors of the network propagate.
     """
     with open_slide(record) as reader:
         mask = tissue_mask(reader, record, tissue)

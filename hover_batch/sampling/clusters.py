@@ -23,8 +23,8 @@ HALO = 64
 def clusters_of(units: Sequence[Unit], canvas: Size, side: int) -> tuple[Unit, ...]:
     """Return the clusters that contain tiles of a slide's units, in raster order; empty if there are no tiles.
 
-    Each cluster is a unit of work, whose column and row are those in the grid of clusters, and whose box and tiles
-    include the halo.
+    Each cluster is a unit of work: its column and row are those in the grid of clusters, and its box and its tiles
+    include the halo of HALO inference pixels.
 
     `units`: units of the slide. `canvas`: size of the slide in inference pixels. `side`: side of a cluster in inference
     pixels, without its halo; a multiple of the side of a tile.
@@ -48,11 +48,12 @@ def area_sums(
 ) -> NDArray[np.float64]:
     """Return the integral of a picture over each of n clusters without its halo, as float64 (n,).
 
-    Areas are in level-0 pixels. A pixel on the border of a cluster counts in part.
+    The integral is the sum of the pixels' values, each multiplied by its area in the cluster, in level-0 pixels. A
+    pixel on the border of a cluster counts in part.
 
-    `picture`: (y, x), which covers the slide. `level0_per_pixel`: size (x, y) of its pixels in level-0 pixels.
-    `clusters`: result of `clusters_of`. `grid`: inference grid of the slide. `side`: side of a cluster in inference
-    pixels.
+    `picture`: numbers or bool (y, x) that cover the slide. `level0_per_pixel`: size (x, y) of its pixels in level-0
+    pixels. `clusters`: result of `clusters_of`. `grid`: inference grid of the slide. `side`: side of a cluster in
+    inference pixels.
     """
     scale_x, scale_y = level0_per_pixel
     height, width = picture.shape

@@ -34,7 +34,10 @@ class Draw:
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """Number of clusters in the sample of each look, increasing; empty if the slide is too small to be sampled."""
+        """Number of clusters in the sample of each look, increasing; empty if the slide is too small to be sampled.
+
+        The numbers are FRACTIONS of all clusters, rounded up, but at least MIN_CLUSTERS; equal numbers are one look.
+        """
         n = len(self.stratum)
         if FRACTIONS[-1] * n < MIN_CLUSTERS:
             return ()
@@ -43,8 +46,10 @@ class Draw:
     def sample(self, look: int) -> NDArray[np.int64]:
         """Return the indices (k,) int64 of the clusters of a look, in ascending order.
 
-        There may be slightly more than `looks` states, because the number of each stratum is rounded up. `look`: index
-        of the look in `looks`.
+        k may be slightly larger than `looks[look]`, because the number of clusters in each stratum is rounded up, to at
+        least MIN_PER_STRATUM.
+
+        `look`: index of the look in `looks`.
         """
         sizes = np.bincount(self.stratum)
         wanted = np.ceil(self.looks[look] * sizes / len(self.stratum))
@@ -54,8 +59,11 @@ class Draw:
 def draw(tissue: NDArray[np.float64], stain: NDArray[np.float64], seed: int) -> Draw:
     """Divide n clusters into strata by tissue area and stain, and put each stratum in random order.
 
-    `tissue`, `stain`: values of each cluster, (n,), in any unit; only their order matters. `seed`: seed of the random
-    numbers; the same arguments give the same result.
+    The clusters are divided into BY_TISSUE parts by tissue area, and each part into BY_STAIN strata by stain. The same
+    arguments give the same result.
+
+    `tissue`, `stain`: tissue area and mean stain of each cluster, (n,) float64, in any unit; only their order matters.
+    `seed`: seed of the random numbers.
     """
     stratum = np.zeros(len(tissue), np.int64)
     by_tissue = np.array_split(np.argsort(tissue, kind="stable"), BY_TISSUE)

@@ -22,11 +22,14 @@ _NAMED = 3
 
 @contextmanager
 def quiet_wsidicom() -> Iterator[None]:
-    """Suppress messages of wsidicom on the root logger, and all Python warnings, while the block runs.
+    """Suppress wsidicom's messages on the root logger, and all Python warnings, while the block runs.
 
-    wsidicom logs to the root logger, and would configure it if it had no handler. pydicom's records are dropped only if
-    the root logger has no other handler. `open_dicom` reports the faults that matter. Not thread-safe, since loggers
-    and warning filters belong to the whole process.
+    wsidicom logs to the root logger, and would configure it if it had no handler; a temporary handler prevents this.
+    Other libraries' messages, such as pydicom's, are lost only if the root logger has no other handler. `open_dicom`
+    reports the faults that matter.
+
+    Loggers and warning filters belong to the whole process: other threads are affected while the block runs, so it is
+    not thread-safe.
     """
     root, null_handler = logging.getLogger(), logging.NullHandler()
 
@@ -48,10 +51,14 @@ def quiet_wsidicom() -> Iterator[None]:
 def open_dicom(folder: Path) -> Iterator[WsiDicom]:
     """Yield the slide of a DICOM folder, and close it when the block ends.
 
-    wsidicom alone would open the largest slide, and silently skip the others and corrupted instances.
+    wsidicom alone would open the largest slide, and silently skip the other slides and corrupted instances. While the
+    block runs, messages of wsidicom and all Python warnings are suppressed in the whole process (see `quiet_wsidicom`),
+    so it is not thread-safe.
 
-    InputError if the folder holds several slides; SlideError if it holds none, or an instance cannot be read or has no
-    pixel spacing. Other errors of wsidicom propagate.
+    `folder`: folder with the DICOM instances of one slide.
+
+    InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
+    or the instances have no pixel spacing. Other errors of wsidicom propagate.
     """
     slides = _slides_in(folder)
     if len(slides) > 1:

@@ -1,4 +1,4 @@
-"""Warn of pixels that contradict each other: levels of a pyramid among themselves, and a given mask with the tissue.
+"""Find pixels that contradict each other: levels of a pyramid among themselves, and a given mask with the tissue.
 
 Only small parts of a slide are read.
 """
@@ -28,15 +28,16 @@ _MAX_COLOUR_DIFFERENCE = 40
 _MIN_TEXTURE = 5
 """Minimum standard deviation of the blocks (0 to 255), without which there is nothing to correlate."""
 _MIN_CORRELATION = 0.5
-_MIN_ON_TISSUE = 0.5
-"""Fraction of a given mask that should lie on detected tissue."""
 
 
 def doubts_of_levels(reader: SlideReader) -> list[str]:
-    """Return a warning for each level that shows something else than the next finer one, such as a shifted picture.
+    """Return a warning for each level of a slide whose picture differs from that of the next finer level.
 
-    Such a level matters, since nuclei are found in the level nearest to the model's pixel size, and tissue in a coarse
-    one. A few places with much texture are compared, by the mean colours of blocks. `reader`: open slide.
+    The picture may be shifted, for example. This matters, since nuclei are found in the level nearest to the model's
+    pixel size, and tissue in a coarse level. Levels are compared at three places with much texture, by the mean colours
+    of blocks; they differ if most of these places do. The list is empty if all levels agree or there is only one.
+
+    `reader`: open slide.
 
     SlideError if the pixels cannot be read.
     """
@@ -56,22 +57,19 @@ def doubts_of_levels(reader: SlideReader) -> list[str]:
     return doubts
 
 
-def doubts_of_mask(reader: SlideReader, mask: TissueMask, settings: TissueSettings) -> list[str]:
-    """Return a warning in a list if most of a given tissue mask lies where no tissue is detected; otherwise [].
+def share_on_tissue(reader: SlideReader, mask: TissueMask, settings: TissueSettings) -> float:
+    """Return the fraction of a given tissue mask that lies where tissue is detected, from 0 to 1.
 
-    `reader`: open slide. `mask`: the mask that the user gave. `settings`: settings of the detection. SlideError if the
-    pixels cannot be read.
+    The mask is compared, by area, with the tissue that `detect_tissue` finds on the slide.
+
+    `reader`: open slide. `mask`: tissue mask that the user gave for it. `settings`: settings of the detection.
+
+    SlideError if the pixels cannot be read.
     """
     detected = detect_tissue(reader, settings).array
     height, width = detected.shape
     share = cv2.resize(mask.array.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    on_tissue = float(share[detected].sum() / max(share.sum(), 1e-9))
-    if on_tissue >= _MIN_ON_TISSUE:
-        return []
-    return [
-        f"only {on_tissue:.0%} of the mask lies on stained tissue; check in thumbnail.jpg that it was drawn on this "
-        "slide, is neither flipped nor inverted, and counts in level-0 pixels, not in µm or pixels of another level"
-    ]
+    return float(share[detected].sum() / max(share.sum(), 1e-9))
 
 
 def _textured(picture: NDArray[np.uint8]) -> list[tuple[float, float]]:

@@ -24,8 +24,9 @@ _SMALLEST_LEVEL = 256
 def write_example(folder: Path) -> Path:
     """Write two example slides and cohort.csv, which lists them. Return the path of cohort.csv.
 
-    The slides are he_0.25.tif and he_0.5.tif, RGB with 0.25 and 0.5 µm per pixel. Files with the same content are left
-    untouched, so that a second run finds nothing changed; others are replaced.
+    The slides, he_0.25.tif and he_0.5.tif, are pyramidal RGB TIFFs of the same H&E field, with 0.25 and 0.5 µm per
+    pixel. Files with the same content are left untouched, so that a second run finds nothing changed; others are
+    replaced.
 
     `folder`: folder of the files, created if it does not exist.
 
@@ -44,11 +45,13 @@ def write_example(folder: Path) -> Path:
 def write_pyramidal_tiff(path: Path, array: NDArray[np.uint8], mpp: float) -> None:
     """Write a lossless tiled TIFF with a pyramid of levels, each half the size of the previous one.
 
-    OpenSlide opens the file as generic-tiff. An existing file is replaced, but left untouched if it has the same
-    content.
+    A further level is added while both of its sides have at least 256 pixels. OpenSlide opens the file as generic-tiff.
+    An existing file is replaced, unless it has the same content.
 
-    `array`: (y, x, 3) uint8 RGB. `mpp`: pixel size in µm, stored in the resolution tags. OSError if the file cannot be
-    written.
+    `path`: path of the file, whose folder must exist. `array`: (y, x, 3) uint8 RGB. `mpp`: pixel size of `array` in µm,
+    stored in the resolution tags.
+
+    OSError if the file cannot be written.
     """
     _write(path, _pyramidal_tiff(array, mpp))
 

@@ -17,10 +17,13 @@ ReadParts = Callable[[list[tuple[int, int]]], Iterable[bytes]]
 def fingerprint(path: Path, mpp: Mpp | None) -> str:
     """Return the fingerprint of the slide at `path`, a hex SHA-256 that identifies its content.
 
-    It covers the size and the first, middle and last MiB of each of the slide's files, and `mpp`; it does not depend on
-    path, host or time. The files are those of a folder; for .mrxs also those in the folder of the same name.
+    It covers `mpp`, and the size and the first, middle and last MiB of each of the slide's files. The files of a folder
+    are those in it and its subfolders. The files of an .mrxs slide are that file and those in the folder of the same
+    name. The fingerprint does not depend on path, host or time.
 
-    `mpp`: pixel size that the cohort gives; None if it gives none. OSError if a file cannot be read.
+    `path`: file, or folder of a DICOM slide. `mpp`: pixel size in µm that the cohort gives; None if it gives none.
+
+    OSError if a file cannot be read.
     """
 
     def range_reader(file: Path) -> ReadParts:
@@ -36,10 +39,15 @@ def fingerprint(path: Path, mpp: Mpp | None) -> str:
 
 
 def fingerprint_of(files: Iterable[tuple[int, ReadParts]], mpp: Mpp | None) -> str:
-    """Return the fingerprint of a slide whose files are in any storage, equal to that of the same files on disk.
+    """Return the fingerprint of a slide whose files may be in any storage.
 
-    `files`: size in bytes of each file and a function that reads ranges of it, in the order in which they are hashed.
-    `mpp`: pixel size that the cohort gives; None if it gives none. Errors of the functions propagate.
+    It equals the result of `fingerprint` for the same files on disk.
+
+    `files`: for each file, its size in bytes and a function that reads ranges of it (see ReadParts), in the order of
+    `fingerprint`: an .mrxs file comes first, files in folders are sorted by path. `mpp`: pixel size in µm that the
+    cohort gives; None if it gives none.
+
+    Errors of the functions propagate.
     """
     digest = hashlib.sha256()
     for size, read in files:

@@ -58,12 +58,13 @@ class Header:
 
 
 def openslide_header(path: Path) -> Header:
-    """Return the header of a file that OpenSlide opens.
+    """Return the header of the file at `path`, which OpenSlide opens.
 
-    The pixel size is OpenSlide's, or that of the resolution tags for a TIFF that is not a scanner's.
+    The pixel size is the one that OpenSlide reports. If it reports none and opens the file as generic-tiff, that of the
+    resolution tags is used. An Aperio slide that is smaller than its header says gets a warning.
 
-    SlideError if it is a TIFF that is truncated, holds several pictures, or whose pixels OpenSlide cannot decode
-    correctly. Errors of OpenSlide and tifffile propagate.
+    SlideError if the file is a TIFF that OpenSlide would read wrongly or not at all, for example because it is
+    truncated (see `check_for_openslide`). Errors of OpenSlide and tifffile propagate.
     """
     import openslide
 
@@ -115,9 +116,10 @@ def _warnings_of_aperio(properties: Mapping[str, str], level0: Size) -> tuple[st
 
 
 def is_ome(path: Path) -> bool:
-    """Return whether the file at `path` is an OME-TIFF.
+    """Return whether the file at `path` is an OME-TIFF; False for files of other formats.
 
-    SlideError if it is a TIFF without a directory of its pixels, OSError if it cannot be read.
+    SlideError if it is a TIFF without the directory that describes its pixels, because it is truncated. OSError if it
+    cannot be read.
     """
     tiff = open_tiff(path)
     if tiff is None:
@@ -127,13 +129,14 @@ def is_ome(path: Path) -> bool:
 
 
 def ome_tiff_header(path: Path) -> Header:
-    """Return the header of an OME-TIFF: the levels of its largest image.
+    """Return the header of the OME-TIFF at `path`, which describes the largest of its images.
 
-    The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. Channels without names count
-    as red, green and blue, with a warning.
+    The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. Separate channels without
+    names count as red, green and blue, with a warning.
 
-    SlideError unless the image is one complete plane of 8-bit RGB in this file, and the only large one there. Errors of
-    tifffile and the XML parser propagate.
+    SlideError if the largest image is in another file, is not one complete plane of 8-bit RGB, has other axes than the
+    first image, or has separate channels with names other than Red, Green, Blue (or R, G, B) in this order. SlideError,
+    too, if another image in the file has more than half of its pixels. Errors of tifffile and the XML parser propagate.
     """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
@@ -211,8 +214,12 @@ def _ome_size(pixels: Mapping[str, str]) -> StatedSize:
 def dicom_header(path: Path) -> Header:
     """Return the header of the slide in the DICOM folder `path`.
 
-    InputError if the folder holds several slides; SlideError if it holds none, an instance cannot be read or has no
-    pixel spacing, or the pixels are not RGB with 8 bits per channel. Other errors of wsidicom propagate.
+    The pixel size is the pixel spacing of the largest level. Python warnings are suppressed in the whole process
+    meanwhile (see `quiet_wsidicom`).
+
+    InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
+    the instances have no pixel spacing, or the pixels are not RGB with 8 bits per channel. Other errors of wsidicom
+    propagate.
     """
     with open_dicom(path) as wsi:
         levels = tuple(Size(level.size.width, level.size.height) for level in wsi.levels)
@@ -230,10 +237,12 @@ def dicom_header(path: Path) -> Header:
 
 
 def picture_header(path: Path) -> Header:
-    """Return the header of a plain picture (PNG, JPEG or TIFF), which has one level.
+    """Return the header of the plain picture (PNG, JPEG or TIFF) at `path`, which has one level.
 
-    The pixel size is taken from TIFF tags only; the resolution of a PNG or JPEG is reported as unusable. SlideError if
-    the picture is not supported (see `open_picture`).
+    The pixel size of a TIFF is that of its resolution tags. The resolution of a PNG or JPEG is not used, since most
+    programs write any value; the header says so.
+
+    SlideError if the picture is not supported (see `open_picture`), OSError if it cannot be read.
     """
     with open_picture(path) as picture:
         size = StatedSize(None)
@@ -249,11 +258,15 @@ def picture_header(path: Path) -> Header:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open a PNG, JPEG or TIFF picture without decoding it; the caller closes it.
+    """Open the PNG, JPEG or TIFF picture at `path` without decoding its pixels; the caller closes it.
 
-    SlideError if the format is unknown, the pixels are not 8-bit grey or colour, there are more than
-    MAX_PICTURE_PIXELS, a tag tells programs to turn the picture, or a TIFF is truncated, holds several pictures or is
-    compressed in a way that Pillow cannot decode. OSError if the file cannot be read.
+    The picture's mode is 1 (bilevel), L, LA, P, RGB, RGBA, CMYK or YCbCr. Pillow's warnings about corrupted EXIF data
+    are suppressed.
+
+    SlideError if the file has another format or mode, 16 bits per channel, more than MAX_PICTURE_PIXELS pixels, or an
+    orientation tag by which programs turn or flip the picture. SlideError, too, if it is a TIFF that Pillow would read
+    wrongly or not at all, for example because it is truncated (see `check_for_pillow`). OSError if the file cannot be
+    read.
     """
     if (tiff := open_tiff(path)) is not None:
         with tiff:
@@ -294,7 +307,11 @@ def _with_plugin(path: Path) -> ImageFile.ImageFile:
 
 
 def exif_orientation(picture: Image.Image) -> int:
-    """Return the EXIF orientation by which programs turn or flip `picture`, 2 to 8; 1 if none can be read."""
+    """Return the EXIF orientation of `picture`, 2 to 8, by which programs turn or flip it.
+
+    1 means that it is upright, or that no valid orientation can be read. The pixels are not decoded, and Pillow's
+    warnings about corrupted EXIF data are suppressed.
+    """
     if "exif" not in picture.info:  # getexif would decode a PNG to search for it
         return 1
     with suppress(SyntaxError), _quiet():
@@ -312,12 +329,15 @@ def _quiet() -> Iterator[None]:
 
 
 def bands(picture: Image.Image, mode: str | None = None) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
-    """Decode a picture in horizontal bands; yield (slice of rows, pixels) of each, from top to bottom.
+    """Yield the rows (a slice) and the pixels of each horizontal band of a picture, from top to bottom.
 
-    Pixels are (y, x) or (y, x, channels) uint8, but bool for Pillow's mode 1. Converting the whole picture at once
-    would hold several copies of it in memory.
+    Pixels are uint8, (y, x) or (y, x, channel); in mode 1, they are bool (y, x). The first band decodes the whole
+    picture into memory. Only the conversion is made band by band, since converting all of it would need several copies.
 
-    `mode`: Pillow's mode to which each band is converted; None to keep that of the picture. Errors of Pillow propagate.
+    `picture`: open picture. `mode`: Pillow mode, such as RGB, to which each band is converted; None to keep the
+    picture's.
+
+    Errors of Pillow propagate.
     """
     for top in range(0, picture.height, _BAND_ROWS):
         bottom = min(top + _BAND_ROWS, picture.height)

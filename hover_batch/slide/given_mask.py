@@ -34,11 +34,16 @@ _REGION = "Region*"
 
 
 def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> NDArray[np.bool_]:
-    """Return a mask of the cohort (GeoJSON or PNG) as bool (y, x), True on tissue, that spans the slide's whole canvas.
+    """Return a tissue mask of the cohort as bool (y, x), True on tissue, that spans the slide's whole canvas.
 
-    `path`: file of the mask. `level0`: size of the canvas in level-0 pixels. `bounds`: the slide's non-empty region in
-    level-0 pixels; None if it has none. `scale`: level-0 pixels per mask pixel, used for polygons; a PNG keeps its own
-    resolution up to MAX_MASK_SIDE.
+    In GeoJSON, the polygons are tissue, except those of classes that QuPath ignores (names that end with *, other than
+    Region*). Positions are in level-0 pixels from the corner of `bounds`. In a PNG, pixels that are neither black nor
+    fully transparent are tissue. It covers `bounds` or the whole canvas, as its aspect ratio shows.
+
+    `path`: file of the mask; if its name ends with .png, it is read as a PNG, otherwise as GeoJSON. `level0`: size of
+    the canvas in level-0 pixels. `bounds`: the slide's non-empty region in level-0 pixels; None if it has none.
+    `scale`: level-0 pixels per pixel of the result, for polygons only. A PNG keeps its own resolution, but is reduced
+    to at most MAX_MASK_SIDE pixels a side.
 
     InputError if the mask cannot be read, does not fit the slide, or has no tissue on it.
     """
@@ -55,10 +60,13 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
 
 
 def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None) -> list[str]:
-    """Check that a mask of the cohort can be used; return warnings for the user, an empty list if there are none.
+    """Return warnings about a tissue mask of the cohort, as sentences for the user; an empty list if there are none.
 
-    `path`: file of the mask. `level0`: size of the slide's canvas in level-0 pixels; None to check only that the mask
-    can be read. `bounds`: the slide's non-empty region in level-0 pixels; None if it has none.
+    There is a warning if the mask covers the whole slide, lies in part outside of it, has polygons of classes that
+    QuPath ignores, is so small that its unit is probably wrong, or is a PNG of another aspect ratio than the slide.
+
+    `path`: file of the mask, GeoJSON or PNG. `level0`: size of the slide's canvas in level-0 pixels; None to check only
+    that the mask can be read. `bounds`: the slide's non-empty region in level-0 pixels; None if it has none.
 
     InputError if the mask cannot be read, does not fit the slide, or has no tissue on it.
     """

@@ -65,9 +65,12 @@ class SlideInfo:
 def peek(record: SlideRecord) -> SlideInfo:
     """Return the properties of a slide on disk, from its header and its row of the cohort, without decoding pixels.
 
-    The file is read in part for its fingerprint. `record`: row of the slide in the cohort.
+    Parts of its files are also read for the fingerprint. While a DICOM slide is read, Python warnings are suppressed in
+    the whole process.
 
-    InputError if the pixel size is unknown, or a DICOM folder holds several slides. SlideError if the file cannot be
+    `record`: row of the slide in the cohort.
+
+    InputError if the pixel size is unknown, or a DICOM folder holds several slides. SlideError if the slide cannot be
     read or its format is not supported.
     """
     return describe(record, read_header(record.file, kind_of(record.file)))
@@ -76,10 +79,11 @@ def peek(record: SlideRecord) -> SlideInfo:
 def describe(record: SlideRecord, header: Header) -> SlideInfo:
     """Return a slide's properties, from its header and its row of the cohort, with its fingerprint and all warnings.
 
-    The pixel size and the magnification of the row take precedence. `record`: row of the slide in the cohort. `header`:
-    header of the slide's file, from `read_header`.
+    The pixel size and the magnification in the row take precedence over those of the header.
 
-    InputError if neither gives a pixel size, SlideError if the file cannot be read for its fingerprint.
+    `record`: row of the slide in the cohort. `header`: header of the slide, from `read_header`.
+
+    InputError if neither gives a usable pixel size, SlideError if the slide cannot be read for its fingerprint.
     """
     file_mpp = header.size.mpp
     mpp = record.mpp or file_mpp
@@ -122,8 +126,9 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
 def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
     """Return the number (x, y) of level-0 pixels per pixel of a level.
 
-    The sizes of the levels are rounded: 32914 rows become 8228 at a quarter, but each pixel is still 4 wide, not
-    4.0002. So the ratio is rounded to a whole number if this explains the size to within one pixel of the level.
+    The sizes of levels are rounded. A quarter of 32914 rows is stored as 8228, but each of its pixels is 4 rows high,
+    not 4.0002. So the ratio is rounded to a whole number if that explains the size of the level to within one of its
+    pixels.
 
     `level0`, `level`: sizes of level 0 and of the level, in their own pixels.
     """
@@ -138,10 +143,13 @@ def level_ratios(level0: Size, level: Size) -> tuple[float, float]:
 def kind_of(path: Path) -> Kind:
     """Return the kind of the slide at `path`, which determines the library that reads it.
 
-    Any folder counts as a DICOM slide.
+    - "dicom": any folder.
+    - "ome-tiff": an OME-TIFF, unless OpenSlide recognises it as the format of a scanner.
+    - "openslide": any other file that OpenSlide recognises.
+    - "picture": all other files, whether or not they can be read.
 
-    SlideError if the file does not exist, is empty or cannot be read, is a TIFF without a directory of its pixels, or
-    has a scanner's suffix but is not recognised by OpenSlide.
+    SlideError if the path does not exist, or the file is empty, cannot be read, is a truncated TIFF, or has the suffix
+    of a scanner's format but is not recognised by OpenSlide.
     """
     if path.is_dir():
         return "dicom"
@@ -165,9 +173,14 @@ def kind_of(path: Path) -> Kind:
 
 
 def read_header(path: Path, kind: Kind) -> Header:
-    """Return the header of a file or folder, read with the library for its kind.
+    """Return the header of the slide at `path`, read with the library for its kind.
 
-    SlideError with path and reason if it cannot be read. InputError if a DICOM folder holds several slides.
+    While a DICOM slide is read, Python warnings are suppressed in the whole process.
+
+    `kind`: result of `kind_of`.
+
+    SlideError with path and reason if the header cannot be read or the format is not supported. InputError if a DICOM
+    folder holds several slides.
     """
     readers = {
         "openslide": openslide_header,
@@ -181,9 +194,11 @@ def read_header(path: Path, kind: Kind) -> Header:
 
 @contextmanager
 def slide_errors(path: Path) -> Iterator[None]:
-    """Convert all exceptions in the block, such as those of decoding libraries, to a SlideError with path and reason.
+    """Convert exceptions in the block, such as those of decoding libraries, to a SlideError with path and reason.
 
-    `path`: path of the slide, for the message, which is one line. Errors of hover-batch pass through.
+    Errors of hover-batch pass through unchanged. The message is one line.
+
+    `path`: path of the slide, for the message.
     """
     try:
         yield

@@ -50,7 +50,8 @@ def to_float(text: object) -> float | None:
 def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedSize:
     """Return the pixel size that a file gives, checked and converted to µm.
 
-    It has no size if both values are None, and no size but a reason if they are not plausible numbers in a known unit.
+    If both values are None, the result has neither a size nor a reason. If they are not numbers, have an unknown unit,
+    or are not plausible for a slide, it has no size, and `unusable` gives the reason.
 
     `x`, `y`: values along x and y, as numbers or text. `source`: where the values are, for messages, such as "its
     header". `unit`: unit of the values: nm, µm, mm, cm or inch.
@@ -72,8 +73,11 @@ def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedS
 def tiff_size(page: tifffile.TiffPage) -> StatedSize:
     """Return the pixel size that the resolution tags of a TIFF page give.
 
-    The tags are in pixels per cm or inch, or per unit that ImageJ writes. The result has no size if there are no tags,
-    and no size but a reason if they cannot be used.
+    XResolution and YResolution are in pixels per unit. The unit is that of ResolutionUnit, or else the one that ImageJ
+    writes into the description. The result has no size if the tags are missing, or are 1 × 1 without a unit. If they
+    cannot be used for another reason, it has no size, and `unusable` gives the reason.
+
+    `page`: first page of the file.
     """
     x, y = (_per_unit(page, name) for name in ("XResolution", "YResolution"))
     if x is None or y is None:
@@ -97,19 +101,19 @@ def _per_unit(page: tifffile.TiffPage, name: str) -> float | None:
 
 
 def check_mpp(mpp: Mpp) -> None:
-    """Check `mpp`, a pixel size that the cohort gives, in µm. InputError if it is not plausible for a slide."""
+    """Raise InputError if `mpp`, a pixel size in µm that the cohort gives, lies outside of PLAUSIBLE_MPP."""
     if fault := _fault_of(mpp.x, mpp.y):
         raise InputError(f"mpp {mpp}: {fault}")
 
 
 def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> list[str]:
-    """Return up to two warnings about the pixel size `mpp`, in µm; an empty list if it is plausible.
+    """Return up to two warnings about the pixel size of a slide; an empty list if there is nothing to warn of.
 
-    The first says that it differs from the file's by more than MPP_TOLERANCE. The second says that it is unusual for
-    slides, not square, or does not match the magnification.
+    The first says that it differs from the file's by more than MPP_TOLERANCE (5 %). The second says that it lies
+    outside of USUAL_MPP, is not square, or does not match the magnification (see USUAL_MPP_TIMES_POWER).
 
-    `stated`: pixel size that the file gives, in µm; None if it gives none. `magnification`: objective's power; None if
-    it is unknown.
+    `mpp`: pixel size in µm that is used. `stated`: pixel size in µm that the file gives; None if it gives none.
+    `magnification`: objective's power; None if it is unknown.
     """
     messages = []
     if stated is not None:

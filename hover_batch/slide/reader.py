@@ -42,15 +42,19 @@ class SlideReader(Protocol):
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
         """Return the pixels of a box as RGB (y, x, 3) uint8, resampled to a grid over the slide.
 
-        `box`: in pixels of `grid`; parts outside `grid.size` are mirrored. `grid`: inference grid or any other grid
-        over this slide. ValueError if it belongs to a slide of another size, SlideError if the pixels cannot be read.
+        A pixel does not depend on the box in which it is read.
+
+        `box`: in pixels of `grid`; outside of `grid.size`, the picture is mirrored. `grid`: inference grid, or any
+        other grid over this slide.
+
+        ValueError if the grid belongs to a slide of another size, SlideError if the pixels cannot be read.
         """
         ...
 
     def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
         """Return the whole canvas as RGB (y, x, 3) uint8, with a longer side of at most `max_side` pixels.
 
-        It is reduced, but never enlarged. SlideError if the pixels cannot be read.
+        A smaller canvas is not enlarged. SlideError if the pixels cannot be read.
         """
         ...
 
@@ -68,8 +72,13 @@ class SlideReader(Protocol):
 def open_slide(record: SlideRecord) -> SlideReader:
     """Open a slide on disk for reading; the caller closes it.
 
-    `record`: row of the slide in the cohort. InputError if its pixel size is unknown, or a DICOM folder holds several
-    slides; SlideError if it cannot be read.
+    A plain picture is decoded into memory as a whole. For other kinds, the first call imports tiatoolbox, which takes
+    some seconds. While a DICOM slide is opened, Python warnings are suppressed in the whole process.
+
+    `record`: row of the slide in the cohort.
+
+    InputError if the pixel size is unknown, or a DICOM folder holds several slides. SlideError if the slide cannot be
+    read or its format is not supported.
     """
     kind = kind_of(record.file)
     info = describe(record, read_header(record.file, kind))
@@ -88,10 +97,10 @@ class GridReader:
     def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
         """Return the pixels of a box as RGB (y, x, 3) uint8, resampled to a grid over the slide.
 
-        The pixels do not depend on the box in which they are read.
+        A pixel does not depend on the box in which it is read.
 
-        `box`: in pixels of `grid`; parts outside `grid.size` are mirrored. `grid`: inference grid or any other grid
-        over this slide.
+        `box`: in pixels of `grid`; outside of `grid.size`, the picture is mirrored. `grid`: inference grid, or any
+        other grid over this slide.
 
         ValueError if the grid belongs to a slide of another size, SlideError if the pixels cannot be read.
         """
@@ -143,7 +152,7 @@ class GridReader:
     def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
         """Return the whole canvas as RGB (y, x, 3) uint8, with a longer side of at most `max_side` pixels.
 
-        It is reduced, but never enlarged. SlideError if the pixels cannot be read.
+        A smaller canvas is not enlarged. SlideError if the pixels cannot be read.
         """
         grid = whole_grid(self.info, max(1.0, max(self.info.level0.width, self.info.level0.height) / max_side))
         return self.read(grid.size.box, grid)
@@ -165,7 +174,7 @@ def whole_grid(info: SlideInfo, scale: float) -> Grid:
     """Return a grid for pictures of the whole slide, whose pixels cover the canvas exactly.
 
     `info`: properties of the slide. `scale`: level-0 pixels per pixel of the grid. It is adjusted slightly along x and
-    y so that the grid has whole pixels.
+    y so that the grid has a whole number of pixels, at least one.
     """
     width, height = max(1, round(info.level0.width / scale)), max(1, round(info.level0.height / scale))
     scale_x, scale_y = info.level0.width / width, info.level0.height / height
@@ -179,10 +188,11 @@ def whole_grid(info: SlideInfo, scale: float) -> Grid:
 
 
 def best_level(levels: Sequence[Size], grid: Grid) -> int:
-    """Return the index of the coarsest level that is not coarser than the grid; 0 if all are.
+    """Return the index of the coarsest level that is not coarser than the grid; 0 if all levels are coarser.
 
-    A level that is coarser by up to 1 % counts as not coarser. `levels`: sizes in pixels, largest first. `grid`: grid
-    over the slide.
+    A level whose pixels are up to 1 % larger than those of the grid still counts.
+
+    `levels`: sizes of the slide's levels in pixels, largest first. `grid`: grid over the slide.
     """
     allowed = 1 + _LEVEL_TOLERANCE
     ratios = [level_ratios(grid.level0, size) for size in levels]

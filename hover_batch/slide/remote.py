@@ -44,11 +44,12 @@ class RemoteFile:
 def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
     """Return the size and the fingerprint of a slide in cloud storage.
 
-    This takes a few requests and reads up to 3 MiB of each file. `mpp`: pixel size that the cohort gives; None if it
-    gives none.
+    This takes a few requests and reads up to 3 MiB of each file.
 
-    InputError if a package for the storage is missing, the slide does not exist or access is denied; SlideError if the
-    storage cannot be reached, does not report sizes, or cannot serve parts of files.
+    `url`: URL of the slide's file or folder. `mpp`: pixel size in µm that the cohort gives; None if it gives none.
+
+    InputError if fsspec does not support the storage, a package for it is missing, the slide does not exist, or access
+    is denied. SlideError if the storage cannot be reached, does not report sizes, or cannot serve parts of files.
     """
     require_package(url)
     with storage_errors(url):
@@ -60,7 +61,10 @@ def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
 def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
     """Return the fsspec file system of a URL, and the slide's files in the order in which `fingerprint` hashes them.
 
-    Listings that fsspec has cached are discarded first. A URL of a folder has the files in it and its subfolders.
+    The files of a folder are those in it and its subfolders. The files of an .mrxs slide are that file and those in the
+    folder of the same name. Listings that fsspec has cached are discarded first.
+
+    `url`: URL of the slide's file or folder.
 
     SlideError if the storage does not report the size of a file. Other errors of fsspec and the storage's library
     propagate.

@@ -24,9 +24,9 @@ weight, summed over the taps, fits 32."""
 def taps(step: float, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Return the source pixels and the weights for output pixels `start` … `stop`−1 along one axis.
 
-    They are two arrays: `first` (n,) int64, the index of the first source pixel of each output pixel, which may lie
-    outside the source; and `weights` (n, taps) int32, for that pixel and those after it. Each row of the weights sums
-    to 2^14.
+    The first array, (n,) int64, is the index of the first source pixel of each output pixel; it may lie outside of the
+    source. The second array, (n, taps) int32, has the weights of that pixel and those after it. They are those of
+    Catmull-Rom's cubic, widened if `step` is above 1, and sum to 2^14 for each output pixel.
 
     `step`: source pixels per output pixel, above 0.
     """
@@ -62,9 +62,9 @@ def resample(
 ) -> None:
     """Resample `source`, RGB (y, x, 3) uint8, into `out`, RGB (h, w, 3) uint8, which is changed in place.
 
-    Values are rounded and clipped to 0 … 255.
+    Each output pixel is the weighted sum of source pixels, rounded and clipped to 0 … 255.
 
-    `rows` (h, taps), `columns` (w, taps): int64 indices of the source pixels for each output row and column; they must
+    `rows` (h, taps), `columns` (w, taps): int64 indices of the source pixels for each output row and column. They must
     lie inside the source, which is not checked. `row_weights`, `column_weights`: their weights, int32 of the same
     shapes (see `taps`).
     """

@@ -42,7 +42,9 @@ class Source(Protocol):
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent or missing parts are white.
 
-        `level`: index of the level. `box`: in pixels of that level, inside it. Errors of the library propagate.
+        `level`: index in `levels`. `box`: in pixels of that level; it must lie inside the level.
+
+        Errors of the library propagate.
         """
         ...
 
@@ -52,12 +54,15 @@ class Source(Protocol):
 
 
 def open_source(path: Path, kind: Kind) -> Source:
-    """Open a slide with the library for its kind; the caller closes it.
+    """Open the slide at `path` with the library for its kind; the caller closes it.
 
-    A picture is decoded into memory; of the other kinds, only the headers of the levels are read.
+    A picture is decoded into memory as a whole. For the other kinds, only headers are read, and the first call imports
+    tiatoolbox, which takes some seconds. While a DICOM slide is opened, Python warnings are suppressed in the whole
+    process.
 
-    `kind`: result of `kind_of`. SlideError if a picture is not supported (see `open_picture`). Errors of the library
-    propagate.
+    `kind`: result of `kind_of`.
+
+    SlideError if a picture is not supported (see `open_picture`). Errors of the libraries propagate.
     """
     if kind == "picture":
         return PictureSource(path)
@@ -107,7 +112,9 @@ class OpenSlideSource:
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
 
-        `level`: index of the level. `box`: in pixels of the level, inside it. Errors of OpenSlide propagate.
+        `level`: index in `levels`. `box`: in pixels of that level; it must lie inside the level.
+
+        Errors of OpenSlide propagate.
         """
         downsample = float(self._slide.level_downsamples[level])
         if downsample.is_integer():
@@ -144,7 +151,9 @@ class TiffSource:
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """Return the pixels of a box of a level as RGB (y, x, 3) uint8.
 
-        `level`: index of the level. `box`: in pixels of the level, inside it. Errors of tifffile propagate.
+        `level`: index in `levels`. `box`: in pixels of that level; it must lie inside the level.
+
+        Errors of tifffile propagate.
         """
         pixels: NDArray[np.uint8] = self._arrays[level][box.y0 : box.y1, box.x0 : box.x1]
         return np.ascontiguousarray(pixels)
@@ -167,7 +176,9 @@ class DicomSource:
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
 
-        `level`: index of the level. `box`: in pixels of the level, inside it. Errors of wsidicom propagate.
+        `level`: index in `levels`. `box`: in pixels of that level; it must lie inside the level.
+
+        Errors of wsidicom propagate.
         """
         # wsidicom counts positions in pixels of the level, unlike OpenSlide.
         return _on_white(self._wsi.read_region((box.x0, box.y0), self._numbers[level], (box.width, box.height)))
@@ -194,9 +205,9 @@ class PictureSource:
         self.levels = (Size(self._pixels.shape[1], self._pixels.shape[0]),)
 
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Return the pixels of `box` as RGB (y, x, 3) uint8, a view of the picture in memory.
+        """Return the pixels of a box as RGB (y, x, 3) uint8, a view of the picture in memory.
 
-        `level`: ignored, because a picture has one level. `box`: in pixels, inside the picture.
+        `level`: ignored, because a picture has one level. `box`: in pixels; it must lie inside the picture.
         """
         return self._pixels[box.y0 : box.y1, box.x0 : box.x1]
 

@@ -77,14 +77,16 @@ class Copies:
     def staged(self, record: SlideRecord, expected: str) -> Iterator[SlideRecord]:
         """Yield the record with the path of a copy on this machine, which is made if it does not exist.
 
-        If another process is making the copy, wait for it. Up to ATTEMPTS attempts are made. The copy stays until
-        `release` or `close`. The run's folder of copies is opened first (see `open`). A record of a slide on disk is
-        yielded unchanged. In the text of a HoverBatchError from the block, the path of the copy is replaced by the URL.
+        If another process is making the copy, wait for it. A failed copy is repeated, up to ATTEMPTS attempts in all.
+        The copy stays until `release` or `close`. The run's folder of copies is opened first (see `open`). A
+        HoverBatchError from the block is raised again with the URL in place of the copy's path in its message. For a
+        slide on disk, the record is yielded unchanged, and nothing else is done.
 
-        `expected`: fingerprint that the copy must have.
+        `record`: row of the slide in the cohort. `expected`: fingerprint that the copy must have.
 
-        InputError or SlideError if the slide cannot be copied or its fingerprint differs, InputError if the folder for
-        copies cannot be used, ScratchFull if there is no space for the copy now.
+        InputError if the slide does not exist, access is denied, it is larger than the disk, or the folder for copies
+        cannot be used. SlideError if the slide cannot be copied or its fingerprint differs. ScratchFull if there is no
+        space for the copy now, OSError if it cannot be written for another reason.
         """
         if not isinstance(record.path, Url):
             yield record
@@ -142,8 +144,8 @@ class Copies:
     def open(self) -> None:
         """Create the run's folder of copies on this machine if it does not exist, and lock it.
 
-        This process holds the lock until `close` or its end. The first call also removes copies of runs that were
-        killed.
+        The lock is shared by all processes of the run; this process holds it until `close`, or until it ends. The call
+        that takes the lock also removes copies that killed runs have left.
 
         InputError if the folder cannot be written or belongs to another user, ScratchFull if its disk is full.
         """
@@ -201,7 +203,9 @@ class Copies:
     def close(self) -> None:
         """Remove all copies of the run on this machine, and release this process's lock.
 
-        Call it when the run ends. Errors while removing copies are ignored; OSError if the lock file cannot be removed.
+        Call it when the run ends. Errors while removing copies are ignored.
+
+        OSError if the lock file cannot be removed.
         """
         shutil.rmtree(self._folder, ignore_errors=True)
         with _holding:

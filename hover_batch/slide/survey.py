@@ -22,12 +22,14 @@ from hover_batch.slide.tissue import TissueMask
 
 
 def write_survey(path: Path, info: SlideInfo, mask: TissueMask) -> None:
-    """Write a slide's properties and its tissue mask to `path` (survey.json) in one step.
+    """Write a slide's properties and its tissue mask to `path` (survey.json); an existing file is replaced atomically.
 
     The mask is stored as lengths of runs of equal pixels in raster order. The first run is background; its length is 0
     if the first pixel is tissue.
 
-    `info`: properties of the slide. `mask`: tissue mask of the slide. OSError if the file cannot be written.
+    `info`: properties of the slide. `mask`: tissue mask of the slide.
+
+    OSError if the file cannot be written.
     """
     flat = mask.array.ravel()
     changes = np.flatnonzero(np.diff(flat, prepend=False))

@@ -32,7 +32,8 @@ tifffile.logger().addHandler(logging.NullHandler())
 def open_tiff(path: Path) -> tifffile.TiffFile | None:
     """Open the TIFF at `path`, which the caller closes; None if the file has another format.
 
-    SlideError if the TIFF has no directory of its pixels, OSError if it cannot be read.
+    SlideError if the TIFF has no directory that describes its pixels, because it is truncated. OSError if the file
+    cannot be read.
     """
     try:
         tiff = tifffile.TiffFile(path)
@@ -47,7 +48,7 @@ def open_tiff(path: Path) -> tifffile.TiffFile | None:
 
 
 def first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
-    """Return the first page of `tiff` with all its tags. AssertionError if it is not a complete page."""
+    """Return the first page of `tiff` with all its tags. AssertionError if tifffile has not read all of them."""
     page = tiff.pages.first
     assert isinstance(page, tifffile.TiffPage)
     return page
@@ -55,6 +56,10 @@ def first_page(tiff: tifffile.TiffFile) -> tifffile.TiffPage:
 
 def check_for_openslide(path: Path, tiff: tifffile.TiffFile, *, generic: bool) -> None:
     """Raise SlideError if OpenSlide would read a TIFF wrongly or not at all.
+
+    The first page and all tiled pages must be complete, and have pixels of 8 unsigned bits per channel, a compression
+    that OpenSlide decodes, the usual orientation and a valid palette, if any. A generic TIFF must also have one
+    full-size picture, all tiles, and no samples beyond grey or RGB, except one for the transparency of RGB.
 
     `path`: path for messages. `tiff`: the open file. `generic`: whether OpenSlide opens it as a generic TIFF, not as
     the format of a scanner.
@@ -68,6 +73,10 @@ def check_for_openslide(path: Path, tiff: tifffile.TiffFile, *, generic: bool) -
 def check_for_pillow(path: Path, tiff: tifffile.TiffFile) -> None:
     """Raise SlideError if Pillow would read a TIFF wrongly or not at all.
 
+    The first page and all tiled pages must be complete, and have pixels of 8 unsigned bits per channel (or fewer, in
+    pages without tiles), a compression that Pillow decodes, the usual orientation and a valid palette, if any. The file
+    must have one full-size picture, with all its tiles.
+
     `path`: path for messages. `tiff`: the open file.
     """
     _check_pages(path, tiff, _PILLOW_COMPRESSIONS)
@@ -77,8 +86,9 @@ def check_for_pillow(path: Path, tiff: tifffile.TiffFile) -> None:
 def check_ome(path: Path, images: Sequence[tifffile.TiffPageSeries], largest: tifffile.TiffPageSeries) -> None:
     """Raise SlideError unless the largest image of an OME-TIFF is one complete plane of 8-bit RGB.
 
-    Also raise it if another image has more than half of its pixels. `path`: path for messages. `images`: images of the
-    file. `largest`: the one of them that is read.
+    Also raise it if another image in the file has more than half of its pixels.
+
+    `path`: path for messages. `images`: all images in the file. `largest`: the largest of them, which is read.
     """
     extents = dict(zip(largest.axes, largest.shape, strict=True))
     if len(largest.axes) != 3 or extents.get("S", extents.get("C")) != 3 or largest.dtype != "uint8":
@@ -132,7 +142,10 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[in
 
 
 def orientation_error(path: Path, orientation: int) -> SlideError:
-    """Return the SlideError to raise for the picture at `path`, whose tag Orientation is `orientation`, not 1."""
+    """Return the SlideError to raise for the picture at `path` because programs turn or flip it.
+
+    `orientation`: value of the tag Orientation; not 1, which means upright.
+    """
     return SlideError(
         f"{path}: the tag Orientation is {orientation}, so that programs turn or flip the picture; save it upright, "
         "without this tag"
@@ -214,6 +227,7 @@ def _check_extra_samples(path: Path, page: tifffile.TiffPage) -> None:
 def is_alpha(extra_samples: tuple[int, ...]) -> bool:
     """Return whether the first extra sample of a TIFF is transparency; by the standard, it may be anything else.
 
-    `extra_samples`: values of the tag ExtraSamples; empty if there is none.
+    True if its value is 1 (associated alpha) or 2 (unassociated alpha). `extra_samples`: values of the tag
+    ExtraSamples; empty if there is none.
     """
     return extra_samples[:1] in ((1,), (2,))

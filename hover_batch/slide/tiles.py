@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hover_batch.geometry import Box, Grid, cell_box
 from hover_batch.slide.tissue import TissueMask
@@ -36,7 +37,7 @@ class Unit:
     def tiles(self) -> tuple[Box, ...]:
         """Boxes in inference pixels of the tiles' outputs without their margins, in the order of `tile_cells`.
 
-        At the slide's edges they may extend beyond it.
+        At the slide's right and lower edges, they may extend beyond it.
         """
         return tuple(cell_box(column, row, self.tile_side) for column, row in self.tile_cells)
 
@@ -46,10 +47,23 @@ class Unit:
         return f"r{self.row:05d}_c{self.column:05d}"
 
 
-def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple[Unit, ...]:
-    """Return the units with at least one tile within TISSUE_REACH of tissue, in raster order.
+def tiles_near(grid: Grid, mask: TissueMask, tile_side: int) -> NDArray[np.bool_]:
+    """Return a bool array (row, column) of the tiles that cover the slide: whether tissue is within TISSUE_REACH.
 
-    The choice of tiles does not depend on `unit`.
+    `tile_side`: side in inference pixels of a tile's output without its margins.
+    """
+    columns, rows = -(-grid.size.width // tile_side), -(-grid.size.height // tile_side)
+    return mask.meets_product(
+        [(c * tile_side - TISSUE_REACH, (c + 1) * tile_side + TISSUE_REACH) for c in range(columns)],
+        [(r * tile_side - TISSUE_REACH, (r + 1) * tile_side + TISSUE_REACH) for r in range(rows)],
+        grid,
+    )
+
+
+def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple[Unit, ...]:
+    """Return the units with at least one tile within TISSUE_REACH inference pixels of tissue, in raster order.
+
+    Each unit has only those of its tiles. The choice of tiles does not depend on `unit`.
 
     `grid`: inference grid of the slide. `mask`: tissue of the slide. `unit`: side of a unit in inference pixels.
     `tile_side`: side of a tile's output without its margins, in inference pixels.
@@ -58,12 +72,7 @@ def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple
     """
     if unit % tile_side:
         raise ValueError(f"a unit of {unit} does not hold whole tiles of {tile_side}")
-    columns, rows = -(-grid.size.width // tile_side), -(-grid.size.height // tile_side)
-    near = mask.meets_product(
-        [(c * tile_side - TISSUE_REACH, (c + 1) * tile_side + TISSUE_REACH) for c in range(columns)],
-        [(r * tile_side - TISSUE_REACH, (r + 1) * tile_side + TISSUE_REACH) for r in range(rows)],
-        grid,
-    )
+    near = tiles_near(grid, mask, tile_side)
     tiles_along = unit // tile_side
     units = []
     for column, row in grid.size.box.cells(unit):

@@ -20,6 +20,7 @@ from hover_batch.config import TissueSettings
 from hover_batch.errors import InputError, SlideError
 from hover_batch.geometry import Box, Grid, Mpp, Size, qupath_origin
 from hover_batch.slide.given_mask import MAX_MASK_SIDE, given_mask
+from hover_batch.slide.headers import SlideInfo
 from hover_batch.slide.reader import SlideReader, whole_grid
 
 GIVEN_MPP = 2.0
@@ -48,18 +49,19 @@ class TissueMask:
     """Whether the user supplied the mask, so that nuclei outside it are removed."""
 
     def meets(self, box: Box, grid: Grid) -> bool:
-        """Return whether there is tissue in `box`; outside the canvas there is none.
+        """Return whether there is any tissue in `box`; False outside of the canvas.
 
-        `box`: in inference pixels of `grid`.
+        `box`: in pixels of `grid`. `grid`: inference grid of the slide.
         """
         return bool(self.meets_product([(box.x0, box.x1)], [(box.y0, box.y1)], grid)[0, 0])
 
     def meets_product(
         self, columns: list[tuple[int, int]], rows: list[tuple[int, int]], grid: Grid
     ) -> NDArray[np.bool_]:
-        """Return whether there is tissue where each row span crosses each column span, as bool (rows, columns).
+        """Return whether there is any tissue where each row span crosses each column span, as bool (row, column).
 
-        `columns`, `rows`: spans [start, stop) in inference pixels of `grid` along x and y.
+        `columns`, `rows`: spans [start, stop) along x and y, in pixels of `grid`; outside of the canvas, there is no
+        tissue. `grid`: inference grid of the slide.
         """
         x0, x1 = _pixels(columns, grid.scale_x / self.level0_per_pixel[0], self.array.shape[1])
         y0, y1 = _pixels(rows, grid.scale_y / self.level0_per_pixel[1], self.array.shape[0])
@@ -72,7 +74,9 @@ class TissueMask:
     def contains(self, x: NDArray[np.floating[Any]], y: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
         """Return whether each position lies on tissue, as a bool array of the shape of `x` and `y`.
 
-        Positions outside the canvas do not lie on tissue. `x`, `y`: arrays of positions in level-0 pixels.
+        Positions outside of the canvas do not lie on tissue.
+
+        `x`, `y`: positions in level-0 pixels, arrays of the same shape.
         """
         column = np.floor(np.asarray(x) / self.level0_per_pixel[0]).astype(np.int64)
         row = np.floor(np.asarray(y) / self.level0_per_pixel[1]).astype(np.int64)
@@ -112,11 +116,13 @@ class TissueMask:
     def write_geojson(self, path: Path, bounds: Box | None = None) -> None:
         """Write the outline to `path` as a GeoJSON FeatureCollection for QuPath; an existing file is replaced.
 
-        It has one annotation, or none if there is no tissue. Positions are in level-0 pixels from the corner of
-        `bounds`, as in the QuPath export of nuclei.
+        It has one annotation of the class Tissue, or none if there is no tissue. Positions are in level-0 pixels from
+        the corner of `bounds`, as in the QuPath export of nuclei.
 
         `bounds`: the slide's non-empty region in level-0 pixels; None if it has none, so that positions start at the
-        corner of the canvas. OSError if the file cannot be written.
+        corner of the canvas.
+
+        OSError if the file cannot be written.
         """
         origin = qupath_origin(bounds)
         outline = shapely.transform(self.polygons(), lambda points: points - origin)
@@ -133,36 +139,43 @@ class TissueMask:
 def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettings) -> TissueMask:
     """Return the tissue mask of a slide.
 
-    It is the mask of the cohort's row if there is one. Otherwise tissue is detected (`auto`), or the whole canvas
-    counts as tissue (`all`).
+    If the slide's row of the cohort gives a mask, the result is that mask, with `given` set; its polygons are drawn
+    with pixels of GIVEN_MPP. Otherwise the result depends on `settings.tissue`: tissue is detected if it is "auto", and
+    the whole canvas counts as tissue if it is "all".
 
     Tissue is detected by its colour relative to the slide's own background. Grey, black, and green or blue pen are
-    excluded, but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and holes smaller than it
-    are filled. A canvas below 1 mm² is tissue as a whole, or not at all if it is nearly all background.
+    excluded, but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and smaller holes are
+    filled. A canvas below 1 mm² is tissue as a whole, or not at all if it is nearly all background.
 
-    `reader`: open reader of the slide. `record`: the slide's row of the cohort. `settings`: settings of the tissue
+    `reader`: open reader of the slide. `record`: row of the slide in the cohort. `settings`: settings of the tissue
     mask.
 
     SlideError if the row's mask cannot be used on this slide, or the pixels cannot be read.
     """
     info = reader.info
     if record.mask_path is not None:
-        scale = _mask_scale(info.level0, info.mpp, GIVEN_MPP)
         try:
-            array = given_mask(record.mask_path, info.level0, info.bounds, scale)
+            return read_given_mask(record.mask_path, info)
         except InputError as error:  # not found before the run if the slide is in cloud storage: only this slide fails
             raise SlideError(str(error)) from error
-        return TissueMask(array, (info.level0.width / array.shape[1], info.level0.height / array.shape[0]), given=True)
     if settings.tissue == "all":
         return TissueMask(np.ones((1, 1), bool), (float(info.level0.width), float(info.level0.height)))
     return detect_tissue(reader, settings)
 
 
-def detect_tissue(reader: SlideReader, settings: TissueSettings) -> TissueMask:
-    """Return the tissue of the slide that `reader` has opened, detected by its colour; see `tissue_mask`.
+def read_given_mask(path: Path, info: SlideInfo) -> TissueMask:
+    """Return the mask that the cohort gives in the file `path` for the slide of `info`. Errors as in `given_mask`."""
+    array = given_mask(path, info.level0, info.bounds, _mask_scale(info.level0, info.mpp, GIVEN_MPP))
+    return TissueMask(array, (info.level0.width / array.shape[1], info.level0.height / array.shape[0]), given=True)
 
-    The mask has pixels of `settings.mask_mpp` µm, or larger ones so that no side is longer than MAX_MASK_SIDE pixels;
-    they are never smaller than those of the slide. `settings`: settings of the tissue mask.
+
+def detect_tissue(reader: SlideReader, settings: TissueSettings) -> TissueMask:
+    """Return the tissue of a slide, detected by its colour; see `tissue_mask`.
+
+    The pixels of the mask have sides of `settings.mask_mpp` µm. They are larger if a side of the mask would otherwise
+    be longer than MAX_MASK_SIDE pixels, and never smaller than those of the slide.
+
+    `reader`: open reader of the slide. `settings`: settings of the tissue mask; its mode `tissue` is ignored.
 
     SlideError if the pixels cannot be read.
     """

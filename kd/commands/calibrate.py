@@ -44,9 +44,10 @@ def calibrate(
     (`window`). Also prints whether other values of HoVerNet's nucleus threshold, Sobel kernel or opening would improve
     PQ on both folds.
 
-    The errors are fitted on both folds: how often a predicted nucleus is a true one, and its class correct, for the
-    calibrated columns of tables; and by how much the number of predicted nuclei differs from that of annotated ones,
-    for the intervals in summaries (docs/bars.md). The errors are also tested on each source after a fit on all others.
+    The errors are fitted on both folds. For the calibrated columns of tables, they are how often a predicted nucleus is
+    a true one, and how often its class is correct. For the intervals in summaries (docs/bars.md), they are by how much
+    the number of predicted nuclei differs from the number of annotated ones. The errors are also tested on each source
+    after a fit on all others.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""`kd package`: training checkpoint → model package."""
+"""`kd package`: turn a training checkpoint into a model package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kd prepare`: annotated images in their published layouts → one cache for training and evaluation."""
+"""`kd prepare`: write annotated images in their published layouts to one cache for training and evaluation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prepare(
         Path | None, typer.Option(help="Contact sheet to write, a PNG.", show_default="next to the cache")
     ] = None,
 ) -> None:
-    """Read and check annotated images, and write them to one cache, with a contact sheet for a check by eye.
+    """Read and check annotated images, and write them to one cache, with a contact sheet for visual inspection.
 
     The other commands take the cache as --data. The folds are the published ones: train and test for CoNSeP (--val
     moves tiles from train to a fold val); 1, 2, 3 for PanNuke. Images must have a pixel size of 0.25 µm (40×). An older

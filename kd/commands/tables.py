@@ -1,4 +1,4 @@
-"""`kd tables`: evaluations → tables of published scores with rows for the evaluated models."""
+"""`kd tables`: make tables of published scores with rows for the evaluated models."""
 
 from __future__ import annotations
 

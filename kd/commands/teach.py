@@ -1,4 +1,4 @@
-"""`kd teach`: annotated images and a teacher → the teacher's outputs, from which students are distilled."""
+"""`kd teach`: store a teacher's outputs for annotated images, from which students are distilled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kd train`: annotated images → a trained network in a model package."""
+"""`kd train`: train a network on annotated images, and write it as a model package."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def train(
     encoder: Annotated[
         str | None,
         typer.Option(
-            help="Encoder of the U-Net or DIST, by its name in segmentation-models-pytorch: mit_b0 … mit_b3, or one of "
-            "timm's such as tu-resnet18.",
+            help="Encoder of the U-Net, DIST or Mask R-CNN, by its name in segmentation-models-pytorch: mit_b0 … "
+            "mit_b3, or one of timm's such as tu-resnet18.",
             show_default=_PRESET,
         ),
     ] = None,
@@ -52,7 +52,8 @@ def train(
     width: Annotated[
         int | None,
         typer.Option(
-            help="Channels of the first convolution of HoVerNet or Micro-Net; 8 is small enough to train on a CPU.",
+            help="Channels of the first convolution of HoVerNet or Micro-Net; a quarter of those of Mask R-CNN's "
+            "feature pyramid. 8 is small enough to train on a CPU.",
             show_default="64, as published",
         ),
     ] = None,
@@ -195,8 +196,9 @@ def train_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
     Options that were not given become None.
 
-    `options`: values of the options by name, as typer parsed them. Raises InputError if a --source is not NAME=SHARE,
-    or names the same source twice.
+    `options`: values of the options by name, as typer parsed them.
+
+    Raises InputError if a --source is not NAME=SHARE, or the same source is given twice.
     """
     settings = {SETTINGS.get(name, name): value for name, value in options.items()}
     for name in PATHS:

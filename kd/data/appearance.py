@@ -23,8 +23,9 @@ HED_TO_RGB: NDArray[np.float32] = rgb_from_hed.astype(np.float32)
 def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with randomly changed appearance.
 
-    Changes to stain, colour, tone, sharpness, resolution and noise, and finally JPEG compression, are each applied with
-    their own probability and random strength. If none is applied, the result is `image` itself, not a copy.
+    The changes are made in this order, each with its own probability and a random strength: stain (0.7), colour (0.5),
+    gamma (0.5), sharpening (0.15), loss of resolution (0.25), blur (0.15), noise (0.15) and JPEG compression (0.2). If
+    none is made, the result is `image` itself, not a copy.
 
     `image`: square image. `rng`: generator of the random numbers, which is advanced.
     """
@@ -68,11 +69,12 @@ def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
 def change_color(image: NDArray[np.uint8], amounts: Mapping[str, float]) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with changed brightness, contrast, saturation or hue.
 
-    On values from 0 to 1, an amount a of brightness adds a, contrast multiplies by 1 + a, saturation multiplies the
-    saturation by 1 + a, and hue adds a turns to the hue. Values are clipped after each change. These are the
+    On values from 0 to 1, an amount a of brightness adds a, and an amount a of contrast multiplies by 1 + a. Saturation
+    is multiplied by 1 + a, and the hue is rotated by a·360°. Values are clipped after each change. These are the
     definitions of kornia's ColorJiggle, which HoVer-UNet's released code uses.
 
-    `amounts`: name of a change → its amount; the changes are made in this order.
+    `amounts`: amount of each change by its name: brightness, contrast, saturation or hue. The changes are made in the
+    order of this mapping.
     """
     pixels = image.astype(np.float32) / np.float32(255)
     for name, amount in amounts.items():
@@ -92,12 +94,18 @@ def change_color(image: NDArray[np.uint8], amounts: Mapping[str, float]) -> NDAr
 
 
 def blur(image: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8, blurred by a Gaussian with a standard deviation of `sigma` > 0 pixels."""
+    """Return an image (y, x, 3) uint8, blurred by a Gaussian.
+
+    `sigma`: standard deviation of the Gaussian in pixels, above 0.
+    """
     return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.uint8)
 
 
 def jpeg(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 RGB after JPEG compression and decompression with a `quality` from 0 to 100."""
+    """Return an image (y, x, 3) uint8 RGB after JPEG compression and decompression.
+
+    `quality`: quality of the compression, from 0 to 100.
+    """
     encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]  # OpenCV expects BGR
     return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1], np.uint8)
 
@@ -149,7 +157,8 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 with randomly lighter or darker midtones (see `change_gamma`).
 
-    The exponent is between 0.6 and 2.5, because nuclei are black on old scanners and in thick sections.
+    The logarithm of the exponent is uniformly distributed; the exponent is between 0.6 and 2.5. Dark results resemble
+    images from old scanners and of thick sections, where nuclei are black.
 
     `rng`: generator of the random numbers, which is advanced.
     """
@@ -157,9 +166,9 @@ def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 
 
 def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 with a gamma curve applied to its values, scaled to [0, 1].
+    """Return an image (y, x, 3) uint8 in which each value v is replaced by 255·(v / 255)^exponent, rounded.
 
-    `exponent`: exponent of the curve; above 1, midtones become darker.
+    `exponent`: above 0; above 1, midtones become darker.
     """
     table = np.rint(255 * (np.arange(256) / 255) ** exponent).astype(np.uint8)
     return table[image]
@@ -168,8 +177,8 @@ def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]
 def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8, sharpened by a random unsharp mask, as some scanners do.
 
-    0.3 to 1.5 times the difference from a blurred image, whose Gaussian has a standard deviation of 0.8 to 2 pixels, is
-    added.
+    The difference between the image and a blurred copy is multiplied by 0.3 to 1.5 and added to the image. The blur is
+    a Gaussian with a standard deviation of 0.8 to 2 pixels.
 
     `rng`: generator of the random numbers, which is advanced.
     """

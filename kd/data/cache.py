@@ -61,12 +61,12 @@ class Entry:
 
     @property
     def area(self) -> int:
-        """Number of pixels."""
+        """Number of pixels of the image."""
         return self.height * self.width
 
 
 def is_cache(path: Path) -> bool:
-    """Return whether the suffix of `path` is that of a cache (.zarr or .npz); the file need not exist."""
+    """True if the suffix of `path` is that of a cache, .zarr or .npz. The file need not exist."""
     return path.suffix in SUFFIXES
 
 
@@ -126,10 +126,10 @@ class CacheWriter:
 
 @contextmanager
 def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
-    """Yield a writer for a cache at `path`, which appears only if the block succeeds. It then replaces an older cache.
+    """Return a context manager that yields a writer for a cache at `path`.
 
-    If the block fails, an older cache stays; exceptions of the block propagate. The remains of a killed run are
-    removed.
+    The cache appears only if the block succeeds, and then replaces an older one. If the block fails, an older cache
+    stays; exceptions of the block propagate. The remains of a killed run are removed.
 
     `path`: a .zarr folder or .npz file in an existing folder. `taxonomy`: classes of the types.
 
@@ -200,9 +200,9 @@ class Cache:
         return list(dict.fromkeys(entry.source for entry in self.entries))
 
     def samples(self, fold: str, sources: Collection[str] | None) -> Iterator[Sample]:
-        """Yield images in the order of the cache.
+        """Yield the images of a fold, in the order of the cache. Each is read when it is yielded.
 
-        `fold`: fold of the images. `sources`: their sources; None for all.
+        `fold`: fold of the images; an unknown one has no images. `sources`: sources of the images; None for all.
 
         Raises InputError if an image is corrupted.
         """
@@ -240,6 +240,8 @@ class Cache:
 
 def open_cache(path: Path) -> Cache:
     """Open the cache at `path` for reading; only its header is read.
+
+    An .npz file stays open as long as the result exists.
 
     Raises InputError if there is no cache, or it cannot be read or is of another format or version.
     """

@@ -56,18 +56,31 @@ Their other pixels may be nuclei, so they are used to train classes only. A pred
 be correct, so Dice, AJI, PQ, F_d and precision are meaningless, but not the recall of the outlined nuclei and the
 accuracy of their types."""
 
+SLIDES_UNKNOWN = frozenset({"consep", "cpm15", "gbm40", "nuinsseg"})
+"""Sources whose groups are neither slides nor patients. CoNSeP and GBM40 do not say which slide an image is from; the
+groups of CPM-15 are guessed, and those of NuInsSeg are organs. They only keep similar images in one fold."""
+
 
 def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
-    """Return the samples whose source outlines every nucleus. Only these can be scored with PQ."""
+    """Return the samples whose source outlines every nucleus, that is, is not in PARTIAL.
+
+    Only these can be scored with PQ.
+    """
     return [sample for sample in samples if sample.source not in PARTIAL]
 
 
+def slide_of(sample: Sample) -> str:
+    """Return the slide or patient of `sample`; the sample's own id if it is unknown."""
+    return sample.id if sample.source in SLIDES_UNKNOWN else sample.group or sample.id
+
+
 def sources_by_class(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, list[str]]:
-    """Return, for each class name of `taxonomy` except the background, the sources that annotate nuclei of the class.
+    """Return the sources that annotate nuclei of each class, by the class's name.
 
-    Sources that are not in CODES are in no list. The result is empty if `taxonomy` is not one of TAXONOMIES.
+    The background is left out. Sources that are not in CODES are in no list. The result is empty if `taxonomy` is not
+    one of TAXONOMIES.
 
-    `sources`: names of the sources.
+    `taxonomy`: classes. `sources`: names of the sources.
     """
     if taxonomy not in TAXONOMIES.values():
         return {}
@@ -77,12 +90,12 @@ def sources_by_class(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, li
 
 
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:
-    """Return the class ids (y, x) uint8 of a source's class codes; None if the meaning of its codes is unknown.
+    """Return the class ids (y, x) uint8 of a source's class codes; None if `source` is not in CODES.
 
-    0 is the background in both; nuclei without a class in `taxonomy` become 0, too.
+    0 is the background in both. Nuclei without a class in `taxonomy` become 0, too.
 
-    `codes`: class codes (y, x). `source`: name of the source; known are those in CODES. `taxonomy`: one of TAXONOMIES.
-    `where`: file or image, for messages.
+    `codes`: class codes (y, x). `source`: name of the source. `taxonomy`: one of TAXONOMIES. `where`: file or image,
+    for messages.
 
     Raises InputError if a code is not one of the source's.
     """

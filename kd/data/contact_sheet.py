@@ -1,4 +1,4 @@
-"""Draw a contact sheet: some of the images with their annotations drawn on them, for a check by eye.
+"""Draw a contact sheet: some of the images with their annotations drawn on them, for visual inspection.
 
 It reveals a wrong axis order, a shifted mask or swapped classes, which counts do not.
 """
@@ -40,9 +40,9 @@ class ContactSheet:
         self._random = np.random.default_rng(0)
 
     def add(self, sample: Sample) -> None:
-        """Add `sample` to the samples of which the sheet shows a random choice.
+        """Add `sample` to the samples from which the pictures of the sheet are chosen at random.
 
-        All samples have the same probability to be among the PICTURES that are shown.
+        All samples have the same probability of being among the PICTURES that are shown.
         """
         index = self._added
         self._added += 1
@@ -84,7 +84,7 @@ class ContactSheet:
 def sample_picture(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
     """Return a picture (y, x, 3) uint8 RGB of a sample's central SIDE × SIDE pixels, magnified, with a caption below.
 
-    Nuclei are outlined in the colours of their classes, and in UNTYPED without a class. The pictures of all samples
+    Nuclei are outlined in the colours of their classes, those without a class in UNTYPED. The pictures of all samples
     have the same size; smaller images are padded with white.
 
     `taxonomy`: classes of the sample.

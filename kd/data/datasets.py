@@ -26,8 +26,8 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
     `path`: a cache (.zarr or .npz), or an instance folder (with dataset.csv), whose splits are the folds. `folds`:
     folds to read; train, val and test may be empty or absent. `sources`: sources to read; None for all.
 
-    Raises InputError if another fold or a source does not exist, or if a file is missing, unreadable, corrupted or
-    inconsistent with others.
+    Raises InputError if a fold other than train, val and test, or a source, does not exist, or if a file is missing,
+    unreadable, corrupted or inconsistent with others.
     """
     wanted_folds = list(dict.fromkeys(folds))
     wanted_sources = None if sources is None else set(sources)
@@ -44,7 +44,7 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
 def contents_sha256(path: Path) -> str:
     """Return the hex SHA-256 of all images, annotations and metadata of the data at `path` (as for `read_data`).
 
-    Of a cache, only the header is read, which has a hash of each image; of a folder, all files are read. A cache and
+    For a cache, only the header is read, which has a hash of each image; for a folder, all files are read. A cache and
     the folder that it was made from have different hashes.
 
     Raises InputError if the data cannot be read.
@@ -63,7 +63,10 @@ def folds_of(path: Path) -> list[str]:
 
 
 def taxonomy_of(path: Path) -> Taxonomy:
-    """Return the classes of the data at `path` (see `read_data`). Raises InputError if the data cannot be read."""
+    """Return the classes of the data at `path` (see `read_data`); for an instance folder, CoNSeP's merged classes.
+
+    Raises InputError if the data cannot be read.
+    """
     data = _open(path)
     return data.taxonomy if isinstance(data, Cache) else CONSEP
 

@@ -35,7 +35,7 @@ class Findings:
     def __init__(self, taxonomy: Taxonomy) -> None:
         self.taxonomy = taxonomy
         self.parts: dict[tuple[str, str], Part] = defaultdict(Part)
-        """(source, fold) → counts."""
+        """Counts by (source, fold)."""
         self.notes: list[str] = []
         """Sentences of the layouts about what was not read."""
         self._irregular: Counter[str] = Counter()
@@ -44,7 +44,7 @@ class Findings:
         """image_sha256 → fold → the image's id there."""
 
     def add(self, sample: Sample) -> None:
-        """Add an image to the counts, and look for irregularities in it.
+        """Add `sample` to the counts, and look for irregularities in it.
 
         The class of a nucleus is that of most of its pixels, the lower class id if several are equal.
         """
@@ -67,7 +67,7 @@ class Findings:
     def warnings(self) -> list[str]:
         """Return one line for each irregularity or note that a user may want to act on. None of them is an error.
 
-        Only the first few images that are in several folds are named; the others are counted.
+        Of the images that are in several folds, the first five are named, and the others are counted.
         """
         lines = [f"{n:,} {what}; not changed" for what, n in self._irregular.items() if n]
         lines += self.notes

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_pixel_size(card: Card, where: str) -> None:
-    """Check that the model of `card` is for pixels of MPP ± 2 %.
+    """Check that the model of `card` is for pixels of MPP (0.25 µm) ± 2 %.
 
     `where`: option that named the model, and its value, for the message.
 

@@ -36,8 +36,8 @@ def prepare(
 
     `folders`: folders with annotated images. `out`: cache to write. `sheet`: contact sheet to write, a PNG. `classes`:
     name in TAXONOMIES of the classes to map types to; None for pannuke if the types of a folder fit it best, else
-    consep. `val`: number of CoNSeP's last training tiles to use as fold val. `class_map`: class in QuPath, in any case
-    → meaning (see `Qupath`). `watch`: shows progress.
+    consep. `val`: number of CoNSeP's last training tiles to use as fold val. `class_map`: meanings of QuPath's classes
+    (see `Qupath`), by class in lower or upper case. `watch`: shows progress.
 
     Raises InputError if an argument is invalid, the folders have no images, a folder or an image cannot be read, or a
     file cannot be written; `out` is then unchanged, unless only the contact sheet could not be written.

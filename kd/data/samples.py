@@ -61,7 +61,10 @@ def renumbered(instances: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def truth_sha256(samples: Iterable[Sample]) -> str:
-    """Return the hex SHA-256 of the instances and types of all `samples`, in order; types may be missing."""
+    """Return the hex SHA-256 of the instances and types of all `samples`, in order.
+
+    Samples without types are accepted.
+    """
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(np.ascontiguousarray(sample.instances).tobytes())
@@ -70,9 +73,9 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """Return the hashes of the images of `samples` as a model card records them, sorted, without duplicates.
+    """Return the first SHA_DIGITS digits of the `image_sha256` of each of `samples`, as a model card records them.
 
-    A hash is the first SHA_DIGITS digits of `image_sha256`.
+    They are sorted and without duplicates.
     """
     return sorted({sample.image_sha256[:SHA_DIGITS] for sample in samples})
 

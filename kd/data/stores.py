@@ -27,7 +27,7 @@ class Store(Protocol):
 
     @property
     def header(self) -> dict[str, Any]:
-        """Header that `finish` wrote; empty if there is none."""
+        """Header that `finish` wrote, as JSON values; some stores raise KeyError if there is none."""
 
     def append(self, i: int, arrays: Arrays) -> None:
         """Append the arrays of one image.
@@ -150,7 +150,7 @@ class NpzStore:
 
     @classmethod
     def create(cls, path: Path) -> NpzStore:
-        """Create an empty file at `path` for writing; it replaces any other.
+        """Create an empty file at `path` for writing; it replaces any other. `finish` closes it.
 
         Raises OSError if it cannot be written.
         """
@@ -158,18 +158,25 @@ class NpzStore:
 
     @classmethod
     def open(cls, path: Path) -> NpzStore:
-        """Open the file at `path` for reading. Errors of zipfile propagate."""
+        """Open the file at `path` for reading. It stays open as long as the result exists.
+
+        Errors of zipfile propagate.
+        """
         return cls(zipfile.ZipFile(path))
 
     @property
     def header(self) -> dict[str, Any]:
-        """Header that `finish` wrote, as JSON values. Errors of the library propagate, such as if there is none."""
+        """Header that `finish` wrote, as JSON values.
+
+        Raises KeyError if there is none. Other errors of zipfile and JSON propagate.
+        """
         return dict(json.loads(self._load("header").tobytes()))
 
     def append(self, i: int, arrays: Arrays) -> None:
         """Write the arrays of image `i`.
 
-        `arrays`: an array (y, x) or (y, x, 3) for each name in ARRAYS. Raises OSError if they cannot be written.
+        `arrays`: an array (y, x) or (y, x, 3) for each name in ARRAYS. Raises OSError if they cannot be written; the
+        file is then closed.
         """
         for name, array in arrays.items():
             self._save(f"{name}/{i}", array)
@@ -180,7 +187,7 @@ class NpzStore:
         self._zip.close()
 
     def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of image `i`, by the names in ARRAYS; `shape` and `offset` are ignored.
+        """Return the arrays of image `i`, by the names in ARRAYS. `shape` and `offset` are ignored.
 
         Errors of zipfile and numpy propagate.
         """

@@ -70,12 +70,12 @@ class Trial:
 
     @property
     def mean_pq(self) -> float:
-        """Unweighted mean of PQ over the sources."""
+        """Unweighted mean of PQ over the sources in which it is defined; NaN if there are none."""
         return mean_defined(self.pq.values())
 
     @property
     def mean_f_d(self) -> float:
-        """Unweighted mean of F_d over the sources."""
+        """Unweighted mean of F_d over the sources in which it is defined; NaN if there are none."""
         return mean_defined(self.f_d.values())
 
 
@@ -93,18 +93,20 @@ class Calibration:
     """Scores of all settings that were tried: first `window`, then each cut."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the cut, medians and trials as JSON values for the card, which stores the constants separately.
+        """Return `cut`, `medians` and `trials` as JSON values by name, for the card. NaN becomes None.
 
-        NaN becomes None.
+        The card stores the constants separately.
         """
         return {"cut": self.cut, "medians": self.medians.to_json(), "trials": [plain(asdict(t)) for t in self.trials]}
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Predict the images of `samples`. Return each sample with its stored planes, in order.
+    """Predict the images of `samples`. Return each sample with its stored planes np, h and v, in order.
 
-    The planes are np, h and v, (3, y, x) uint8. `maps_of`: function from an image (y, x, 3) uint8 RGB to all planes of
-    its maps (see `MapLayout`).
+    The planes are (3, y, x) uint8.
+
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (plane, y, x) uint8 (see `MapLayout`).
+    `samples`: annotated images.
     """
     stored = [MapLayout.NP, MapLayout.H, MapLayout.V]
     return [(s, np.ascontiguousarray(maps_of(s.image)[stored])) for s in samples]
@@ -113,8 +115,8 @@ def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
 def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] = CUTS) -> Calibration:
     """Predict the images of `samples`, and return the Sobel constants that `search` finds on them.
 
-    `maps_of`: function from an image to its maps, as for `predict_all`. `samples`: annotated images, at least one.
-    `cuts`: cuts to try.
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (see `MapLayout`). `samples`: annotated
+    images, at least one. `cuts`: cuts to try, at least one (see `search`).
 
     Raises InputError if there are neither annotated nor predicted nuclei.
     """
@@ -124,11 +126,11 @@ def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] 
 def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
     """Try each cut. Return the constants of the best one, with the scores of all.
 
-    The best cut has the highest mean PQ of those whose mean F_d is at most F_D_MARGIN below the highest F_d; if several
-    are equally good, it is the lowest.
+    The best cut has the highest mean PQ among those whose mean F_d is at most F_D_MARGIN below the highest mean F_d. If
+    several cuts are equally good, the lowest is chosen.
 
-    `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try, at least one, as multiples of the median
-    minimum (see the module's docstring).
+    `predicted`: result of `predict_all`, not empty. `cuts`: cuts to try, at least one. A cut is the Sobel value above
+    which a pixel becomes a marker, as a multiple of the median, over images, of the Sobel map's minimum.
 
     Raises InputError if there are neither annotated nor predicted nuclei, because PQ is then undefined.
     """
@@ -147,9 +149,11 @@ def search(predicted: Predicted, cuts: Sequence[float] = CUTS) -> Calibration:
 
 
 def constants_at(medians: SobelConstants, cut: float) -> SobelConstants:
-    """Return Sobel constants whose marker threshold is at `cut` times the minimum, in each direction.
+    """Return Sobel constants with which pixels become markers if their Sobel value is above a cut.
 
-    They are `medians`, shifted: the difference of maximum and minimum stays.
+    In each direction, minimum and maximum are shifted by the same amount.
+
+    `medians`: median extremes of the Sobel maps. `cut`: the Sobel value, as a multiple of the median minimum.
     """
 
     def shifted(low: float, high: float) -> tuple[float, float]:
@@ -170,10 +174,10 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Return the scores of the post-processing of slides with given Sobel constants.
+    """Return the scores of the predictions with given Sobel constants, after the post-processing of slides.
 
-    `predicted`: result of `predict_all`. `cut`: cut of the constants, for the record. `constants`: Sobel constants.
-    Both `cut` and `constants` are None for the extremes of each image.
+    `predicted`: result of `predict_all`. `cut`: cut of the constants, which is only recorded. `constants`: Sobel
+    constants. With None for both, the Sobel maps are scaled by the extremes of each image.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
     return Trial("window" if constants is None else "fixed", cut, *scores)
@@ -182,10 +186,10 @@ def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | N
 def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
     """Return the scores with each of OTHERS at the cut `cut`, by a name such as "nucleus 0.4".
 
-    The entry "as they are" has HoVerNet's own parameters, for comparison; all entries use the slow `instances_by`. The
+    The entry "as they are" has HoVerNet's own parameters, for comparison. All entries use the slow `instances_by`. The
     medians are computed for each Sobel kernel, because their values depend on its size.
 
-    `predicted`: result of `predict_all`.
+    `predicted`: result of `predict_all`. `cut`: multiple of the median minimum, as for `search`.
     """
     trials = {}
     standard = Parameters()

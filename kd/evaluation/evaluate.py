@@ -52,10 +52,11 @@ def evaluate(
 ) -> list[SourceScores]:
     """Return the scores of predicted maps, by source in the order of appearance.
 
-    `maps_of`: function from an image to the maps that the network predicts. `samples`: annotated images. `splitter`:
-    post-processing of the maps; None for HoVerNet's with Sobel maps scaled by the extremes of each image. `taxonomy`:
-    classes of both the samples and the maps. `min_area_px`: number of pixels below which predicted nuclei are dropped.
-    `shift`: applied to image and annotations of each sample before prediction; scores are those at its pixel size.
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to its predicted maps (plane, y, x) uint8 (see `MapLayout`).
+    `samples`: annotated images. `splitter`: post-processing of the maps; None for HoVerNet's with Sobel maps scaled by
+    the extremes of each image. `taxonomy`: classes of both the samples and the maps. `min_area_px`: number of pixels
+    below which predicted nuclei are dropped. `shift`: change that is applied to the image and annotations of each
+    sample before prediction; scores are computed at the pixel size after it.
 
     Raises InputError if an image has too many nuclei to pair (MOST_DISTANCES).
     """
@@ -81,8 +82,10 @@ def evaluate_data(
 
     Each source is scored in the classes that data and model have in common (see `kd.evaluation.remap`).
 
-    `maps_of`: function from an image to maps in the classes of the model. `data`: annotated images. `model`: classes of
-    the model. Other arguments as for `evaluate`.
+    `maps_of`: function from an image to maps in the classes of the model. `data`: annotated images. `splitter`:
+    post-processing of the maps; None for HoVerNet's with Sobel maps scaled by the extremes of each image. `model`:
+    classes of the model. `min_area_px`: number of pixels below which predicted nuclei are dropped. `shift`: change that
+    is applied to each sample before prediction.
 
     Raises InputError if the common classes of a source are unknown, before anything is predicted, or if an image has
     too many nuclei to pair.
@@ -146,7 +149,7 @@ def centroids_and_types(sample: Sample, n_types: int) -> tuple[NDArray[np.float6
     Centroids are in pixels, with pixel centres at +0.5. The type is the class of most pixels, the lower class id if
     several are equal; 0 if the sample has no types.
 
-    `n_types`: number of classes, background included.
+    `sample`: annotated image. `n_types`: number of classes, background included.
     """
     ys, xs = np.nonzero(sample.instances)
     ids, nucleus = np.unique(sample.instances[ys, xs], return_inverse=True)

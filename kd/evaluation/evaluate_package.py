@@ -84,9 +84,9 @@ class Evaluation:
     """Picture of images, annotations and predictions; None if not requested."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the results without the picture as JSON values, for `kd tables` and for later comparisons.
+        """Return the results without the picture as JSON values by name, for `kd tables` and for later comparisons.
 
-        `shifts` and `against` are left out if they were not requested.
+        The keys `shifts` and `against` are left out if they were not requested.
         """
         card = self.package.card
         report = {
@@ -144,13 +144,16 @@ def evaluate_package(
 ) -> Evaluation:
     """Return the evaluation of a model package on annotated images.
 
+    On the CPU, torch's number of threads in this process is set.
+
     `model`: name or path of the package, as for `find_package`. `data`, `folds`, `sources`: as for `read_data`. `post`:
     only `sobel_norm` and `min_area_px` are used; None for the defaults. `label`: name of the row in tables; None for
     the package's name. `shift`: also score the images after each of SHIFTS. `against`: another package, or the .json
-    file of an earlier evaluation, to compare with; None for no comparison. `picture`: draw the predictions next to the
-    annotations. `beside`: another package whose predictions are drawn, too; None for none. `time_network`: measure the
-    time of patches and of a tile. `threads`: threads of each network on the CPU; 0 for all cores. `notify`: called with
-    lines about the progress.
+    file of an earlier evaluation, to compare with; None for no comparison.
+
+    `picture`: draw the predictions next to the annotations. `beside`: another package whose predictions are drawn, too;
+    None for none. `time_network`: measure the time of patches and of a tile. `threads`: threads of each network on the
+    CPU; 0 for all cores. `notify`: called with lines about the progress.
 
     Raises InputError if an argument is invalid, the data cannot be read or has no images in these folds, it is not
     known which classes the data and a model have in common, or an image has too many nuclei to pair; PackageError if a
@@ -209,8 +212,8 @@ def evaluate_package(
 def score_test_fold(predictor: Predictor, splitter: Splitter | None, data: Path) -> dict[str, Any]:
     """Score a loaded network on the fold test of `data`. Return JSON values by name.
 
-    `sources` has the scores by source, as in `SourceScores.to_json`, and `leakage` is a list of {"text": sentence}
-    about images that the model has seen in training.
+    `sources` has the scores by source, as in `SourceScores.to_json`. `leakage` is a list of {"text": sentence} about
+    images that the model has seen in training or calibration.
 
     `predictor`: predictor of the network. `splitter`: post-processing of its maps; None for HoVerNet's with Sobel maps
     scaled by the extremes of each image. `data`: annotated images, as for `read_data`.

@@ -51,7 +51,10 @@ class Reliability:
     """Frequency in each bin."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values, rounded so that cards stay small; `ece` is None without nuclei."""
+        """Return the fields as JSON values, rounded so that cards stay small.
+
+        `ece` has four decimals, and is None without nuclei; the values of the bins have three.
+        """
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {
             name: [round(v, 3) for v in value] if isinstance(value, list) else value for name, value in values.items()
@@ -76,8 +79,9 @@ def reliability(outcomes: Outcomes, scaling: BetaScaling | None = None) -> Relia
 def fit_scaling(sources: Sequence[Outcomes]) -> BetaScaling | None:
     """Return the beta calibration with the highest likelihood for `sources`.
 
-    Each source has the same weight, so that one with many nuclei does not dominate the others. None if there are fewer
-    than MIN_NUCLEI nuclei, or fewer than MIN_EACH with one of the outcomes.
+    Each source has the same weight, so that one with many nuclei does not dominate the others.
+
+    None if there are fewer than MIN_NUCLEI nuclei in all, or fewer than MIN_EACH with one of the outcomes.
     """
     sources = [source for source in sources if len(source.outcome)]
     outcome = np.concatenate([source.outcome for source in sources] or [np.zeros(0, bool)])

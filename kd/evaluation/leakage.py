@@ -50,16 +50,16 @@ class Leak:
         return f"{self.source}, {len(self.samples)} of {self.of} images: {self.how}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values, and under `text` the sentence for readers."""
+        """Return the fields as JSON values by name, and the sentence for readers as `text`."""
         return {**asdict(self), "samples": list(self.samples), "text": str(self)}
 
 
 def leaks(card: Card, samples: Sequence[Sample]) -> list[Leak]:
     """Return the scored images that the model of `card` has seen, by source, certain leaks first.
 
-    Empty if there are none. A sample is listed only with its strongest kind of reason: seen in training, else in
-    calibration, else of a seen patient, else possibly seen. Images that the model itself has seen are not listed again
-    for the model from which its training started.
+    The list is empty if there are none. A sample is listed only with the strongest kind of reason that applies: seen in
+    training, seen in calibration, of a seen patient, possibly seen. Images that the model itself has seen are not
+    listed again for the model from which its training started.
 
     `card`: card of the model. `samples`: scored images.
 

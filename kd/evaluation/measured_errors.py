@@ -1,7 +1,10 @@
 """Measure the errors of a model on annotated images, for its card: those of its probabilities and of its counts.
 
-Predicted and annotated nuclei are paired as in HoVerNet's reference (`match_as_hovernet`). Sources that do not outline
-every nucleus are not used, not even for types, because their images do not show whether a predicted nucleus is false.
+A predicted nucleus is true if it is paired with an annotated one, one to one, at most DETECTION_RADIUS_UM apart. The
+pairs are those of `match_centroids`, since a probability must depend on the nucleus and what is near it: with the pairs
+of HoVerNet's reference, unpaired nuclei elsewhere in the image separate nuclei that are close to each other. Sources
+that do not outline every nucleus are not used, not even for types, because their images do not show whether a predicted
+nucleus is false.
 """
 
 from __future__ import annotations
@@ -14,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.formatting import counted
-from hover_batch.metrics import DETECTION_RADIUS_UM, match_as_hovernet
+from hover_batch.metrics import DETECTION_RADIUS_UM, match_centroids
 from hover_batch.model.heads import MapLayout
 from hover_batch.nuclei.components import Splitter
 from hover_batch.nuclei.image import nuclei_of
 from hover_batch.taxonomy import Taxonomy
 from hover_batch.uncertainty import CALIBRATED, BetaScaling, Uncertainty
-from kd.data.classes import fully_annotated
+from kd.data.classes import fully_annotated, slide_of
 from kd.data.samples import MPP, Sample
 from kd.evaluation.count_error import MIN_SOURCES, CountedImage, fit_count_error
 from kd.evaluation.evaluate import MapsOf, centroids_and_types
@@ -53,15 +56,16 @@ def paired_images(
 
     Samples of sources that do not outline every nucleus are left out.
 
-    `maps_of`: function from an image to its maps. `splitter`: post-processing of the model; None for HoVerNet's with
-    Sobel maps scaled by the extremes of each image. `taxonomy`: classes of both the model and the samples.
+    `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (see `MapLayout`). `samples`: annotated
+    images. `splitter`: post-processing of the model; None for HoVerNet's with Sobel maps scaled by the extremes of each
+    image. `taxonomy`: classes of both the model and the samples.
     """
     n_types = len(taxonomy.classes)
     paired = []
     for sample in fully_annotated(samples):
         _, nuclei = nuclei_of(maps_of(sample.image), splitter, MapLayout(n_types))
         true_xy, true_types = centroids_and_types(sample, n_types)
-        pairs = match_as_hovernet(
+        pairs = match_centroids(
             true_xy, np.stack([nuclei.centroid_x, nuclei.centroid_y], axis=1), DETECTION_RADIUS_UM / MPP
         )
         annotated, predicted = pairs.T
@@ -70,7 +74,7 @@ def paired_images(
             PairedImage(
                 CountedImage(
                     source=sample.source,
-                    slide=sample.group or sample.id,
+                    slide=slide_of(sample),
                     true=len(true_xy),
                     predicted=len(nuclei),
                     paired=len(pairs),
@@ -86,19 +90,19 @@ def paired_images(
 
 
 def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
-    """Return the calibration fitted on `images` of each column in CALIBRATED, by column.
+    """Return the calibrations of the columns in CALIBRATED, by column, fitted on `images`.
 
-    Columns with too few nuclei have no entry (see `fit_scaling`).
+    A column has no entry if too few of its nuclei are known to be right or wrong (see `fit_scaling`).
     """
     scalings = {name: fit_scaling(_outcomes(images, name)) for name in CALIBRATED}
     return {name: scaling for name, scaling in scalings.items() if scaling}
 
 
 def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
-    """Return the errors for the card that can be fitted on `images`; an error needs enough images.
+    """Return the errors for the card, fitted on `images`.
 
-    A calibration needs MIN_IMAGES images with nuclei, because nuclei of one image are similar; intervals of counts need
-    MIN_SOURCES sources.
+    An error that needs more images is left out. A calibration needs MIN_IMAGES images with nuclei, because nuclei of
+    one image are similar. Intervals of counts need MIN_SOURCES sources.
     """
     used = {name: sum(o.images for o in _outcomes(images, name)) for name in CALIBRATED}
     return Uncertainty(
@@ -108,10 +112,10 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
 
 
 def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
-    """Test how the errors hold on a new source. Return the results by source, as JSON values for the card's metrics.
+    """Test how well the errors hold on a new source. Return JSON values by source, for the card's metrics.
 
-    The errors are fitted on all sources of `images` but one, and tested on this one, for each source in turn. Its entry
-    is that of `tried_on`.
+    For each source of `images`, the errors are fitted on all other sources and tested on this one. `tried_on` describes
+    the entry of a source.
     """
     by_source: dict[str, Any] = {}
     for source in dict.fromkeys(image.count.source for image in images):
@@ -122,11 +126,15 @@ def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
 
 
 def tried_on(images: Sequence[PairedImage], fitted_on: Sequence[PairedImage]) -> dict[str, Any]:
-    """Fit the errors on the images `fitted_on`, and test them on `images`; return JSON values by source of the latter.
+    """Fit the errors on the images `fitted_on`, and test them on `images`. Return JSON values by source of `images`.
 
-    The values of a source are the reliability diagrams `before` and `after` the calibration by column, which is fitted
-    even if there are too few images for the card; `images`, the number of images; `covered`, the number of those whose
-    true count is in the interval; and `of`, the number of those with an interval.
+    The entry of a source has the key `images`, the number of its images. The other keys are present only if the error
+    could be fitted:
+
+    - the name of a column in CALIBRATED: reliability diagrams `before` and `after` its calibration, which is fitted
+      even if there are too few images for the card;
+    - `covered`: number of images whose true count is in the interval;
+    - `of`: number of images with an interval.
     """
     scalings, error = fit_scalings(fitted_on), fit_count_error([image.count for image in fitted_on])
     by_source: dict[str, Any] = {}
@@ -144,7 +152,7 @@ def tried_on(images: Sequence[PairedImage], fitted_on: Sequence[PairedImage]) ->
 
 
 def notes(fitted: Uncertainty, by_source: Mapping[str, Any]) -> list[str]:
-    """Return lines for users: what was not measured, and whether the errors of the other sources hold on each source.
+    """Return lines for users: which errors were not measured, and how well the errors hold on each source.
 
     `fitted`: result of `fit_uncertainty`. `by_source`: result of `evidence`.
     """

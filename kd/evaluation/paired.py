@@ -67,7 +67,8 @@ class Baseline:
     def check(self, samples: Iterable[Sample]) -> None:
         """Check that the baseline was scored on the same annotated images as those in `samples`, source by source.
 
-        Only the sources of `samples` are checked, without those in PARTIAL, which have no PQ.
+        Images are compared by id, hash and number of nuclei. Only the sources of `samples` are checked, without those
+        in PARTIAL, which have no PQ.
 
         Raises InputError if the images or annotations of a source differ.
         """
@@ -121,7 +122,7 @@ class Paired:
 def compared(new: ByImage, baseline: Baseline) -> list[Paired]:
     """Return the comparison of a model with `baseline` by source, without the sources in PARTIAL, which have no PQ.
 
-    `new`: scores of the model's images. The baseline must have scores of the same images (see `Baseline.check`).
+    `new`: scores of the model's images, by source. `baseline`: scores of the same images, as `Baseline.check` ensures.
     """
     return [_compared(source, rows, baseline.by_image[source]) for source, rows in new.items() if source not in PARTIAL]
 
@@ -150,7 +151,7 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the ends of the bootstrap interval of the mean of `differences` (n,); NaN for n < 2.
+    """Return the ends (low, high) of the bootstrap interval of the mean of `differences` (n,); NaN for n < 2.
 
     It is the percentile interval with the coverage LEVEL, from RESAMPLES samples with a fixed seed.
     """

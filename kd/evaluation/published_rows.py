@@ -52,7 +52,7 @@ class PaperTable:
     columns: tuple[Column, ...]
     """Columns of the table."""
     rows: dict[str, tuple[str, ...]]
-    """Model → its published cells, one for each column; "" if unknown."""
+    """Published cells by model, one for each column; "" if unknown."""
     origin: str
     """Reference for the published rows."""
     notes: tuple[str, ...] = ()

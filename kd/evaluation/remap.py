@@ -59,7 +59,10 @@ class Remap:
     """Common class id of nuclei without a class in the data's taxonomy; 0 if they have no common class either."""
 
     def sample(self, sample: Sample) -> Sample:
-        """Return a copy of `sample` with types in the common classes; without types if only nuclei are common."""
+        """Return a copy of `sample` with types in the common classes.
+
+        It has no types if the common taxonomy is NUCLEI or `sample` has none.
+        """
         if sample.types is None or self.taxonomy is NUCLEI:
             return replace(sample, types=None)
         types = np.array(self.data, np.uint8)[sample.types]
@@ -116,9 +119,11 @@ def remap_of(data_taxonomy: Taxonomy, model_taxonomy: Taxonomy, source: str, typ
 
 
 def remaps_of(data: Data, model: Taxonomy) -> dict[str, Remap]:
-    """Return the mapping of the data's and the model's classes to common classes by source, in the order of appearance.
+    """Return the mapping to the common classes of data and model for each source, in the order of appearance.
 
-    A source has types if one of its samples has. `model`: classes of the model.
+    A source has types if one of its samples has.
+
+    `data`: annotated images. `model`: classes of the model.
 
     Raises InputError if no common classes are known for a source.
     """

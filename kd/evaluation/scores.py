@@ -115,9 +115,10 @@ class SourceScores:
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "by_image"}
 
     def images_to_json(self) -> list[dict[str, Any]]:
-        """Return id, sha256, number of annotated nuclei, pq, dice and f_d of each image, as JSON values by name.
+        """Return one dictionary of JSON values per image, with the keys id, sha256, nuclei, pq, dice and f_d.
 
-        Undefined scores are None; for sources in PARTIAL, all of them are.
+        `nuclei` is the number of annotated nuclei. pq, dice and f_d are None where they are undefined, and for sources
+        in PARTIAL.
         """
         defined = self.source not in PARTIAL
         rows = []
@@ -132,7 +133,10 @@ class SourceScores:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as a JSON value: tuples become lists and NaN becomes None, also inside dictionaries."""
+    """Return `value` as a JSON value: a tuple becomes a list, TissueScores a dictionary, and NaN None.
+
+    Entries of dictionaries are converted, too; those of tuples and lists are not.
+    """
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple):
@@ -143,7 +147,11 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of a source from those of its images, averaged as the module's docstring describes.
+    """Return the scores of a source from those of its images.
+
+    Dice, AJI, DQ, SQ, PQ and the PQ of each class are means over images. bPQ and mPQ are means over the images of a
+    tissue, then over the tissues. F_d, precision, recall, F_c and the accuracy of types count the nuclei of all images
+    together. Undefined scores are left out of means.
 
     For sources in PARTIAL, only `recall` and `type_accuracy` are defined.
 

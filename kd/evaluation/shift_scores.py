@@ -57,8 +57,8 @@ def score_shifts(
 
     Sources in PARTIAL are left out, because they have no PQ.
 
-    `scores_of`: function from data and a shift to the scores of each source after it; its errors propagate.
-    `unchanged`: scores on the unchanged images.
+    `scores_of`: function from data and a shift to the scores of each source after the shift; its errors propagate.
+    `data`: annotated images. `unchanged`: scores on the unchanged images.
     """
     before = {scores.source: scores for scores in unchanged if scores.source not in PARTIAL}
     scored = Data(data.taxonomy, [sample for sample in data.samples if sample.source in before])

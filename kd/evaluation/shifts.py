@@ -36,8 +36,8 @@ class Shift:
     def apply(self, sample: Sample) -> Sample:
         """Return a copy of `sample` with the shift applied to its image.
 
-        If the shift changes the pixel size, image and labels are resampled to pixels of `mpp`, labels by nearest
-        neighbour.
+        If the shift changes the pixel size, image and labels are resampled to pixels of `mpp`. Labels are resampled by
+        nearest neighbour, the image by area averages to larger pixels and by bicubic interpolation to smaller ones.
         """
         image = self.change(sample.image)
         if self.mpp == MPP:

@@ -19,9 +19,11 @@ _MARGIN = 1.5
 def slide_limits(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
     """Return the limits (lowest, highest) of `area_um2`, `h_od` and `e_od` for a card, by name.
 
-    They limit the median area of an image's nuclei in µm² and the mean optical densities of their hematoxylin and
-    eosin, and are the 1st and the 99th percentile over images with nuclei, with a margin; the lowest `e_od` is 0. Empty
-    if fewer than MIN_IMAGES images have nuclei. See `hover_batch.quality.flags.LIMITS`.
+    They limit the median area of an image's nuclei in µm², and the mean optical densities of hematoxylin and eosin in
+    its nuclei. They are the 1st percentile over images with nuclei, divided by 1.5, and the 99th percentile, multiplied
+    by 1.5; the lowest `e_od` is 0. See `hover_batch.quality.flags.LIMITS`.
+
+    The result is empty if fewer than MIN_IMAGES images have nuclei.
 
     `samples`: images in which all nuclei are outlined.
     """

@@ -84,7 +84,7 @@ class Table:
     columns: Sequence[Column]
     """Columns after the model's name."""
     published: Mapping[str, Sequence[str]]
-    """Model → its cells as printed."""
+    """Cells as printed, by model."""
     origin: str
     """Reference for the published rows."""
     ours: Sequence[Row]
@@ -96,8 +96,8 @@ class Table:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the evaluations in files that `kd evaluate --json` wrote, in the order of `paths`.
 
-    Raises InputError if a file cannot be read or is not an evaluation of this version, or if two with the same label
-    differ in architecture or settings, or are of the same model on the same images.
+    Raises InputError if a file cannot be read or is not an evaluation of this version. Also if two evaluations with the
+    same label differ in architecture, `sobel_norm` or `min_area_px`, or are of the same model on the same images.
     """
     runs = [Run(path, _read(path)) for path in paths]
     for run in runs:
@@ -158,9 +158,10 @@ def _refuse(constant: str) -> None:
 
 
 def tables(runs: Sequence[Run], out: Path) -> list[Table]:
-    """Return the three tables of the paper, the table of cost, and for each source a table with all scores.
+    """Return the three tables of the paper, the table of costs, and for each source a table of all its scores.
 
-    The paper's tables have rows only for evaluations with the paper's source and classes, the others for all.
+    A table of the paper has rows for the evaluations with its source and classes. The table of costs has rows for all
+    evaluations, and the table of a source has rows for the evaluations with this source.
 
     `runs`: evaluations, as `read_runs` returns and checks them. `out`: folder to which the tables will be written; the
     files of evaluations are named relative to it.

@@ -39,10 +39,10 @@ def timed(
 
     Use the times only to compare models on one idle machine.
 
-    `network`: network with the weights of the model; it may be moved to the device of `predictor`. `predictor`: its
-    predictor. `nuclei_of`: function from an image (y, x, 3) uint8 RGB to its nuclei; it uses `predictor` and has been
-    called before, so that everything is loaded and compiled. `images`: images (y, x, 3) uint8 RGB; the tile is the
-    upper left corner of the first one that is large enough.
+    `network`: network with the weights of the model; it is set to evaluation mode and may be moved to the device of
+    `predictor`. `predictor`: its predictor. `nuclei_of`: function from an image (y, x, 3) uint8 RGB to its nuclei; it
+    uses `predictor` and has been called before, so that everything is loaded and compiled. `images`: images (y, x, 3)
+    uint8 RGB; the tile is the upper left corner of the first one that is large enough.
 
     Raises PackageError if the card's architecture is not known, torch.OutOfMemoryError if a batch does not fit in the
     GPU's memory. Errors of `nuclei_of` propagate.

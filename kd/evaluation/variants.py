@@ -40,7 +40,7 @@ class Parameters:
 
 
 def from_stored(planes: NDArray[np.uint8]) -> Maps:
-    """Return np in [0, 1] and h and v in [-1, 1], each (y, x) float32, of stored planes.
+    """Return np in [0, 1], and h and v in [-1, 1], each (y, x) float32, from stored planes.
 
     `planes`: stored planes np, h and v, (3, y, x) uint8 (see `MapLayout`).
     """
@@ -62,7 +62,9 @@ def sobel(maps: Maps, size: int) -> tuple[NDArray[np.float64], NDArray[np.float6
 
 
 def extremes(maps: Maps, size: int) -> SobelConstants:
-    """Return minimum and maximum of both Sobel maps of one image, as `SobelConstants.of_window` does for stored maps.
+    """Return the minimum and maximum of both Sobel maps of one image.
+
+    `SobelConstants.of_window` does the same for stored maps.
 
     `maps`: np, h and v, each (y, x) float32. `size`: side of the Sobel kernel in pixels, odd and at most 31.
     """

@@ -72,7 +72,7 @@ class TeacherCache:
     def create(cls, path: Path, teacher: Package, tta: int = 1) -> TeacherCache:
         """Open the cache at `path` for the outputs of `teacher`, or create it with missing folders.
 
-        `tta`: see the attribute.
+        `teacher`: package of the teacher. `tta`: number of views that are averaged, 8 or 1.
 
         Raises InputError if the cache is of another teacher or another `tta`, its teacher.json cannot be read, or the
         folder cannot be created; OSError if teacher.json cannot be written.
@@ -125,11 +125,11 @@ class TeacherCache:
         return logits
 
     def covers(self, sample: Sample) -> bool:
-        """Return whether an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
+        """True if an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
         return self._array(sample).is_dir()
 
     def has_intact(self, sample: Sample) -> bool:
-        """Return whether an intact output of this teacher is stored for the image of `sample`.
+        """True if an intact output of this teacher is stored for the image of `sample`.
 
         A stored output that cannot be read, is corrupted or is of another teacher is deleted, so that it can be written
         again.
@@ -148,7 +148,7 @@ class TeacherCache:
     def write(self, sample: Sample, logits: NDArray[np.floating[Any]]) -> None:
         """Store a teacher's output for the image of `sample` as float16. No output may be stored for it yet.
 
-        Values are clipped to the range of float16, ±65504, which does not change any softmax.
+        Values beyond ±65504, the range of float16, are clipped.
 
         `logits`: output (channel, y, x), of any float dtype.
 

@@ -22,10 +22,10 @@ VIEWS = tuple(product(range(4), (False, True)))
 def averaged(logits_of: LogitsOf, images: Sequence[NDArray[np.uint8]], n_types: int) -> list[Logits]:
     """Return a network's output for each image, (channel, y, x) float32, averaged over the eight VIEWS.
 
-    h and v are averaged. For np and tp, probabilities are averaged and their logarithms returned.
+    h and v are averaged. For np and tp, probabilities are averaged, and their logarithms are returned.
 
-    `logits_of`: runs the network; it is called once, with 8 views per image, and its errors propagate. `images`: images
-    (y, x, 3) uint8 RGB. `n_types`: number of classes, background included.
+    `logits_of`: runs the network; it is called once, with all 8 views of all images, and its errors propagate.
+    `images`: images (y, x, 3) uint8 RGB. `n_types`: number of classes, background included.
     """
     views = [np.ascontiguousarray(turned(image, *view)) for image in images for view in VIEWS]
     outputs = iter(logits_of(views))
@@ -43,7 +43,9 @@ def _mean(outputs: Logits, heads: Heads) -> Logits:
 def turned(image: NDArray[np.uint8], turns: int, flip: bool) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8, rotated counterclockwise and then, if `flip`, flipped left to right.
 
-    The result is a view of `image`, not a copy. `turns`: number of quarter turns.
+    The result is a view of `image`, not a copy.
+
+    `turns`: number of quarter turns. `flip`: whether the rotated image is flipped.
     """
     view = np.rot90(image, turns)
     return view[:, ::-1] if flip else view
@@ -54,7 +56,8 @@ def turned_back(output: Logits, turns: int, flip: bool) -> Logits:
 
     h and v are distances along the axes, so they swap and change sign when the axes do.
 
-    `output`: (channel, y, x) output of a network for `turned(image, turns, flip)`. `turns`, `flip`: as for `turned`.
+    `output`: (channel, y, x) output of a network for `turned(image, turns, flip)`. `turns`: number of quarter turns of
+    that image. `flip`: whether it was flipped.
     """
     h, v = output[HV]
     if flip:

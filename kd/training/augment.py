@@ -66,8 +66,9 @@ def random_view(
     """Return a random crop of `size` × `size` pixels with random geometry and appearance.
 
     `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers, which is
-    advanced. `kind`: augmentation, a row of the module's table. `planes`: the teacher's output (channel, y, x) float16
-    for the whole image, as in `hover_batch.model.heads`; None without a teacher.
+    advanced. `kind`: augmentation, which is "full", "turns", "color" or "none" (see the module's table). `planes`: the
+    teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`; None without a
+    teacher.
     """
     view = random_geometry(sample, size, rng, kind, planes)
     if kind == "full":
@@ -86,11 +87,14 @@ def random_geometry(
 ) -> View:
     """Return a random crop of `size` × `size` pixels with the geometry of `kind`; the appearance is unchanged.
 
-    It is made by one affine map. The image of the view lies inside the sample's image, which must be at least `size`
-    pixels high and wide. If it is hardly larger, the angle is rounded to a right angle, and the scale is large enough
-    for the crop to fit. Labels outside the sample's image are 0.
+    It is made by one affine map. The image of the view lies inside the sample's image. If the sample's image is too
+    small for the rotated view, the angle is rounded to a right angle, and the scale is large enough for the crop to
+    fit. Labels outside the sample's image are 0.
 
-    Arguments as for `random_view`.
+    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers, which is
+    advanced. `kind`: augmentation, which is "full", "turns", "color" or "none" (see the module's table). `planes`: the
+    teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`; None without a
+    teacher.
     """
     scale, angle, flip = 1.0, 0.0, 1
     if kind == "full":
@@ -150,7 +154,7 @@ def turn_hv(hv: NDArray[np.float32], step: NDArray[np.float64]) -> NDArray[np.fl
 
     `hv` (2, y, x): h and v relative to the axes of the source image. `step` (2, 2): column k is the step (x, y) in the
     source for one pixel along the view's x (k = 0) or y (k = 1). It must be a right-angle rotation or flip: each row
-    and each column has a single 1 or -1, and else 0.
+    and each column has one entry of 1 or -1, and the other is 0.
     """
     turned = [step[0, k] * hv[0] + step[1, k] * hv[1] for k in range(2)]
     return np.stack(turned).astype(np.float32)

@@ -33,9 +33,9 @@ Weights = dict[str, dict[str, list[float]]]
 def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | None, folder: Path) -> Weights:
     """Return the class weights from the annotations (`annotated`) and, with a teacher, from its predictions (`taught`).
 
-    Pixels that a branch does not learn from are not counted. The result is cached in `folder`/class_weights.json,
-    because reading a teacher's outputs takes long; it is computed again if the samples, the number of classes, the
-    teacher's package or its `tta` have changed.
+    Both map `np` and `tp` to a list with one weight per class id. Pixels that a branch does not learn from are not
+    counted. The result is cached in `folder`/class_weights.json, because reading a teacher's outputs takes a long time.
+    It is computed again if the samples, the number of classes, the teacher's package or its `tta` have changed.
 
     `samples`: training images. `n_types`: number of classes, background included. `teacher`: stored outputs; None
     without distillation. `folder`: existing folder of the training.
@@ -63,7 +63,9 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
 
 
 def by_rarity(counts: NDArray[np.int64]) -> list[float]:
-    """Return the weight of each class by the formula of this module. A class without pixels gets 1.
+    """Return the weight of each class, C·f_c^(-1/2) / Σ_k f_k^(-1/2), where f_c is its fraction of the pixels.
+
+    C is the number of classes with pixels, over which the sum runs. A class without pixels has the weight 1.
 
     `counts` (class,) int64: number of pixels of each class.
     """

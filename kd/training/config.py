@@ -29,11 +29,12 @@ SIDES = {
     "hovernet-original": (270, 222, 8, 6),
     "dist": (256, 64, 32, 0),
     "micronet": (252, 252, 0, 0),
+    "mask-rcnn": (256, 64, 32, 0),
 }
 """Sides in pixels of a training crop, by model: (default, smallest, divisor, remainder of side ÷ divisor).
 With the divisor 0, the default alone is valid."""
 
-ENCODERS = ("unet", "dist")
+ENCODERS = ("unet", "dist", "mask-rcnn")
 """Models that have an encoder of segmentation-models-pytorch."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -116,13 +117,14 @@ class TrainConfig:
     preset: str = "quick"
     """Name of the preset that gave the settings; recorded only."""
     model: str = "unet"
-    """unet: a student · hovernet-fast, hovernet-original: a teacher · dist, micronet: other systems."""
+    """unet: a student · hovernet-fast, hovernet-original: a teacher · dist, micronet, mask-rcnn: other systems."""
     encoder: str = "mit_b0"
-    """Encoder of the U-Net, by its name in segmentation-models-pytorch."""
+    """Encoder of the U-Net, DIST or Mask R-CNN, by its name in segmentation-models-pytorch."""
     encoder_weights: str = "random"
     """Initial weights of the encoder: random, imagenet, or a file with a state dict."""
     width: int = 64
-    """Channels of the first convolution of HoVerNet and Micro-Net."""
+    """Channels of the first convolution of HoVerNet and Micro-Net; a quarter of those of Mask R-CNN's feature
+    pyramid."""
     init: Path | None = None
     """Package with the initial weights; it must have the same network and classes."""
     teacher: Path | None = None
@@ -291,19 +293,22 @@ class TrainConfig:
 
     @property
     def system(self) -> str:
-        """System of the model: a key of `hover_batch.model.heads.SYSTEMS`."""
+        """System of the model, a key of `hover_batch.model.heads.SYSTEMS`: "hover", "dist" or "micronet"."""
         from hover_batch.model.heads import SYSTEMS  # imports numpy, which --help does not need
 
         return self.model if self.model in SYSTEMS else "hover"
 
     @property
     def loss_shares(self) -> tuple[float, float]:
-        """Factors of L_student and of L_distill in the loss; their sum is 1."""
+        """Factors of L_student and of L_distill in the loss.
+
+        They are (α, 1 - α), or (1 - α, α) if `alpha_of` is "distillation".
+        """
         return (self.alpha, 1 - self.alpha) if self.alpha_of == "student" else (1 - self.alpha, self.alpha)
 
     @property
     def distils(self) -> bool:
-        """Whether L_distill has a factor above 0, so that a teacher is needed."""
+        """True if L_distill has a factor above 0, so that a teacher is needed."""
         return self.loss_shares[1] > 0
 
     def to_json(self) -> dict[str, Any]:

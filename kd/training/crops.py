@@ -55,7 +55,7 @@ class Teacher(Protocol):
         """Number of rotated and flipped views of an image over which each output is averaged; 1 for no averaging."""
 
     def covers(self, sample: Sample) -> bool:
-        """Return whether an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
+        """True if an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
 
     def logits(self, sample: Sample) -> NDArray[np.float16]:
         """Return the stored output for the whole image of `sample`, (channel, y, x) float16.
@@ -221,7 +221,11 @@ def validation_crops(
 
     Their number suffices to cover the area of the images once, but is at most MAX_VALIDATION_CROPS.
 
-    `samples`: validation images, at least one. Other arguments and errors as for `training_crops`.
+    `samples`: validation images, at least one. `shares`: fraction of the crops from each source (see `source_shares`).
+    `config`: settings of the training. `cut`: pixels by which the network's output is smaller on each side (see
+    `cut_of`). `teacher`: stored outputs of a teacher; None without distillation.
+
+    Raises InputError if the teacher has no output for one of the samples.
     """
     area = sum(s.instances.size for s in samples)
     n = min(MAX_VALIDATION_CROPS, max(1, round(area / (config.size - 2 * cut) ** 2)))
@@ -231,7 +235,7 @@ def validation_crops(
 def batches(crops: Crops, batch: int, device: torch.device, first: int = 0) -> Iterator[tuple[Tensor, Targets]]:
     """Yield batches of images (b, 3, y, x) float32 in [0, 1] and their targets, on `device`.
 
-    Crops are drawn in forked processes, and OpenCV is limited to one thread in this process.
+    Crops are drawn in forked processes. From then on, OpenCV is limited to one thread in this process.
 
     `crops`: the crops, in order. `batch`: crops per batch; the last one may be smaller. `device`: device of the
     network. `first`: number of the first batch.

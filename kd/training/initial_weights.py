@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hover_batch.errors import InputError
 from hover_batch.model.architectures.dist import build_dist
 from hover_batch.model.architectures.hovernet import Form, HoVerNet, TeacherArch, build_teacher
+from hover_batch.model.architectures.mask_rcnn import build_mask_rcnn
 from hover_batch.model.architectures.micronet import build_micronet
 from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.package import find_package, load_network
@@ -23,12 +25,18 @@ from kd.training.efficientnet_lite import PACKAGES, imagenet_weights
 def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
     """Return the network of a training with random weights, on the CPU and in training mode.
 
-    `settings`: settings of the training (see `TrainConfig.to_json`). `n_types`: number of classes, background included.
+    `settings`: settings of the training (see `TrainConfig.to_json`), of which `model`, `encoder` and `width` are used.
+    `n_types`: number of classes, background included.
 
     Raises InputError if the encoder is unknown or does not fit a U-Net.
     """
     if settings["model"] in ENCODERS:
-        return _build_unet(build_student if settings["model"] == "unet" else build_dist, settings["encoder"], n_types)
+        builders: dict[str, Callable[[StudentArch], nn.Module]] = {
+            "unet": build_student,
+            "dist": build_dist,
+            "mask-rcnn": partial(build_mask_rcnn, width=settings["width"]),
+        }
+        return _with_encoder(builders[settings["model"]], settings["encoder"], n_types)
     if settings["model"] == "micronet":
         return build_micronet(n_types, settings["width"])
     form: Form = "fast" if settings["model"] == "hovernet-fast" else "original"
@@ -67,7 +75,7 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
     return network, {}
 
 
-def _build_unet(build: Callable[[StudentArch], nn.Module], encoder: str, n_types: int) -> nn.Module:
+def _with_encoder(build: Callable[[StudentArch], nn.Module], encoder: str, n_types: int) -> nn.Module:
     try:
         network = build(StudentArch(encoder, n_types))
         with torch.inference_mode():

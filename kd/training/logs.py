@@ -39,7 +39,8 @@ class Log:
     def step(self, done: int, steps: int, s_per_step: float) -> None:
         """Print the progress to stdout, at most once every PRINT_EVERY_S seconds.
 
-        `done`: number of steps so far. `steps`: the last step of this run. `s_per_step`: mean seconds per step.
+        `done`: number of steps so far. `steps`: number of the last step of this run. `s_per_step`: mean seconds per
+        step.
         """
         if (now := time.monotonic()) - self._printed_at >= PRINT_EVERY_S:
             self._printed_at = now

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hover_batch.model.heads import HV, NP, Heads
 from kd.training.config import TrainConfig
+from kd.training.precision import mixed_precision
 
 UNKNOWN = -1
 """Class of a pixel that no loss counts."""
@@ -52,9 +53,10 @@ class BranchWeights:
 def weighted_ce(logits: Tensor, truth: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the weighted cross-entropy over pixels that are not UNKNOWN (HoVer-Net eq. 5, with class weights).
 
-    CE = -Σ_i w_{t_i} log p_i(t_i) / Σ_i w_{t_i}. It is NaN if all pixels are UNKNOWN.
+    CE = -Σ_i w_{t_i} log p_i(t_i) / Σ_i w_{t_i}, with p = softmax(logits), where t_i is the true class of pixel i. It
+    is NaN if all pixels are UNKNOWN.
 
-    `logits`: (b, c, y, x). `truth`: (b, y, x) int64 class ids. `weight`: (c,) weights of the classes; None for equal
+    `logits`: (b, c, y, x). `truth`: (b, y, x) int64 class ids. `weight`: (c,) weights w of the classes; None for equal
     weights.
     """
     return F.cross_entropy(logits, truth, weight, ignore_index=UNKNOWN)
@@ -63,10 +65,10 @@ def weighted_ce(logits: Tensor, truth: Tensor, weight: Tensor | None = None) -> 
 def soft_ce(logits: Tensor, p: Tensor, known: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return the cross-entropy with probabilities as the target, over the N known pixels; NaN if no pixel is known.
 
-    CE = -1/N·Σ_i Σ_c w_c p_ic log q_ic, with q = softmax(logits). Unlike in `weighted_ce`, the sum is divided by the
-    number of pixels, not by their weights, as torch does with such targets.
+    CE = -1/N·Σ_i Σ_c w_c p_ic log q_ic, with q = softmax(logits). As in torch with such targets, the sum is divided by
+    the number of pixels. `weighted_ce` divides it by the pixels' weights.
 
-    `logits`: (b, c, y, x). `p`: (b, c, y, x) target probabilities. `known`: (b, y, x) bool. `weight`: (c,) weights of
+    `logits`: (b, c, y, x). `p`: (b, c, y, x) target probabilities. `known`: (b, y, x) bool. `weight`: (c,) weights w of
     the classes; None for equal weights.
     """
     return F.cross_entropy(logits, _where(known, p), weight, reduction="sum") / known.sum()
@@ -75,12 +77,12 @@ def soft_ce(logits: Tensor, p: Tensor, known: Tensor, weight: Tensor | None = No
 def dice_loss(probabilities: Tensor, truth: Tensor, over: str = "sum") -> Tensor:
     """Return the Dice loss over pixels that are not UNKNOWN (HoVer-Net eq. 6, for each class).
 
-    Dice = Σ_c 1 - (2·Σ_i p_ic t_ic + ε) / (Σ_i p_ic + Σ_i t_ic + ε), where ε is 1e-3, as in HoVerNet's code, or 0 with
-    `over` "mean", as in HoVer-UNet's.
+    Dice = Σ_c [1 - (2·Σ_i p_ic t_ic + ε) / (Σ_i p_ic + Σ_i t_ic + ε)], where t_ic is 1 if c is the true class of pixel
+    i, else 0. ε is 1e-3, as in HoVerNet's code, or 0 with `over` "mean", as in HoVer-UNet's.
 
-    `probabilities`: (b, c, y, x). `truth`: (b, y, x) int64 class ids. `over`: "sum", the sum over all classes;
-    "present", the mean over the classes that occur in `truth`, so that absent classes are not counted as missed; or
-    "mean", the sum over the classes that occur, divided by the number of all classes.
+    `probabilities`: (b, c, y, x), the p_ic. `truth`: (b, y, x) int64 class ids. `over`: "sum", the sum over all
+    classes; "present", the mean over the classes that occur in `truth`, so that absent classes are not counted as
+    missed; or "mean", the sum over the classes that occur, divided by the number of all classes.
     """
     eps = 0.0 if over == "mean" else 1e-3
     known = (truth != UNKNOWN).unsqueeze(1).to(probabilities.dtype)
@@ -99,7 +101,7 @@ def dice_loss(probabilities: Tensor, truth: Tensor, over: str = "sum") -> Tensor
 def mse_loss(hv: Tensor, truth: Tensor, known: Tensor) -> Tensor:
     """Return the mean squared error of h and v over the N known pixels (HoVer-Net eq. 3, over both maps).
 
-    MSE = 1/(2N)·Σ_i (h_i - h'_i)² + (v_i - v'_i)². It is 0 if no pixel is known.
+    MSE = 1/(2N)·Σ_i [(h_i - h'_i)² + (v_i - v'_i)²], where h' and v' are the true values. It is 0 if no pixel is known.
 
     `hv`, `truth`: (b, 2, y, x) predicted and true h and v. `known`: (b, y, x) bool.
     """
@@ -110,7 +112,8 @@ def mse_loss(hv: Tensor, truth: Tensor, known: Tensor) -> Tensor:
 def gradient_kernels(size: int, like: Tensor) -> Tensor:
     """Return derivative kernels (2, 1, size, size), along x and then along y.
 
-    The weights are those of the reference, i/(i² + j²).
+    A weight is i/(i² + j²), where i is the offset from the centre along the derivative and j the offset across it; the
+    centre has 0. The kernels are those of HoVer-Net's reference implementation, and are not normalised.
 
     `size`: odd side in pixels. `like`: tensor with the dtype and device to use.
     """
@@ -123,9 +126,10 @@ def gradient_kernels(size: int, like: Tensor) -> Tensor:
 def msge_loss(hv: Tensor, truth: Tensor, nuclei: Tensor, known: Tensor, axes: str = "own") -> Tensor:
     """Return the mean squared error of the gradients of h and v over nuclei (HoVer-Net eq. 4); 0 without known nuclei.
 
-    MSGE = 1/(2·Σ_i m_i)·Σ_i m_i·[(∂x h_i - ∂x h'_i)² + (∂y v_i - ∂y v'_i)²], where m_i, the value of `nuclei`, is 1 on
-    nuclei and 0 on the background, or the probability of a nucleus. Errors of h and v at unknown pixels are set to 0
-    before the derivative.
+    MSGE = 1/(2·Σ_i m_i)·Σ_i m_i·[(∂x h_i - ∂x h'_i)² + (∂y v_i - ∂y v'_i)²], where h' and v' are the true values. m_i
+    is the value of `nuclei`: 1 on nuclei and 0 on the background, or the probability of a nucleus. Errors of h and v at
+    unknown pixels are set to 0 before the derivative. The derivatives are sums with the 5 × 5 weights of
+    `gradient_kernels`.
 
     `hv`, `truth`: (b, 2, y, x) predicted and true h and v. `nuclei`: (b, y, x) bool or float. `known`: (b, y, x) bool.
     `axes`: "own" as in the equation; "swapped" for the derivatives ∂y h and ∂x v, which the code of HoVerNet and
@@ -205,10 +209,11 @@ def distill_loss(
 
     `output`, `teacher`: outputs of both networks (b, c, y, x) with the channels of `heads`. `weights`: class weights;
     None for equal weights. `temperature`: T. `kl_scale`: k; "1/T²" as in the HoVer-UNet paper, or "T²" as in Hinton et
-    al. and in HoVer-UNet's released code. `kl_mean`: as `mean` in `kl_loss`. `labels`: "hard", where the target of CE
-    is the teacher's most probable class, and MSGE counts the pixels where this is a nucleus; or "soft", where the
-    target of CE is the teacher's probabilities, and MSGE weights each pixel by that of a nucleus. `msge_axes`: as
-    `axes` in `msge_loss`.
+    al. and in HoVer-UNet's released code. `kl_mean`: as `mean` in `kl_loss`. `msge_axes`: as `axes` in `msge_loss`.
+
+    `labels`: with "hard", the target of CE is the teacher's most probable class, and MSGE counts the pixels where this
+    is a nucleus. With "soft", the target of CE is the teacher's probabilities, and MSGE weights each pixel by the
+    probability of a nucleus.
     """
     weights = weights or BranchWeights()
     factor = temperature**2 if kl_scale == "T²" else temperature**-2
@@ -250,6 +255,15 @@ class Loss:
     """Class weights for the annotations."""
     distill_weights: BranchWeights = field(default_factory=BranchWeights)
     """Class weights for the teacher's predictions."""
+
+    def of_batch(self, network: nn.Module, image: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Return the terms by name, and under `loss` the loss to minimise, of a `network` on a batch.
+
+        `image`: (b, 3, y, x) float32 in [0, 1]. The network computes in `mixed_precision`, the loss in float32.
+        """
+        with mixed_precision(image.device):
+            output = network(image)
+        return self(output.float(), targets)
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the terms by name, those of L_distill with the prefix `kd_`, and under `loss` the loss to minimise.

@@ -14,7 +14,10 @@ class Schedule(Protocol):
     """Learning rate schedule of an optimiser, whose state can be stored in a checkpoint."""
 
     def before(self, step: int) -> None:
-        """Set the learning rates of the optimiser. Call this before each step. `step`: number of steps done so far."""
+        """Set the learning rates of the optimiser. Call this before each step.
+
+        `step`: number of steps done so far.
+        """
 
     def after(self, loss: float) -> bool:
         """Update the schedule after an epoch. Return False if training should end, else True.
@@ -40,10 +43,10 @@ def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps:
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Return the learning rate at a step: linear warm-up to `config.lr`, then half a cosine down to zero.
 
-    It would be zero after the last step. The warm-up takes `config.warmup` steps, by default a tenth of all steps, but
-    at most 300.
+    The rate reaches zero only after the last step. The warm-up takes `config.warmup` steps, by default a tenth of all
+    steps, but at most 300.
 
-    `step`: number of steps done so far. `steps`: number of all steps.
+    `config`: settings of the training. `step`: number of steps done so far. `steps`: number of all steps.
     """
     warmup = min(300, steps // 10) if config.warmup is None else config.warmup
     if step < warmup:
@@ -107,7 +110,8 @@ class Plateau:
     def after(self, loss: float) -> bool:
         """Update the rate after an epoch. Return False if training should end, else True.
 
-        Training should end after `early_stop` epochs without progress (see `Plateau`); never if `early_stop` is 0.
+        Training should end after `early_stop` epochs without progress (see `Plateau`). If `early_stop` is 0, the result
+        is always True.
 
         `loss`: validation loss of the epoch, lower is better.
         """

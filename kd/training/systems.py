@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, find_objects
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision.ops import masks_to_boxes
 
+from hover_batch.model.architectures.mask_rcnn import MaskRcnn
 from hover_batch.model.heads import DISTANCE_PX, HV
+from hover_batch.nuclei.markers import MIN_PIXELS
 from kd.training.losses import UNKNOWN, Loss, Targets, weighted_ce
 from kd.training.targets import hv_targets
 
@@ -27,15 +30,15 @@ AUXILIARY = 0.1
 """Weight of each auxiliary output of Micro-Net. The paper divides by the number of the epoch, from 1 on."""
 
 Planes = Callable[[NDArray[np.int32]], NDArray[np.float32]]
-"""Function from instances (y, x) int32, values up to 0 = background, to what a system learns beside foreground and
+"""Function from instances (y, x) int32, values up to 0 = background, to what a system learns besides foreground and
 classes: (2, y, x) float32."""
 
 
 def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     """Return the targets (2, y, x) float32 of DIST: distance to the nucleus's edge / DISTANCE_PX, then zeros.
 
-    Before the division, the distance is in pixels, and is that to the nearest pixel of something else, so the outermost
-    pixels of a nucleus have 1; it is 0 on the background.
+    Before the division, the distance is that to the nearest pixel outside of the nucleus, in pixels, so the outermost
+    pixels of a nucleus have 1. It is 0 on the background.
 
     `instances`: (y, x) int32 ids, values up to 0 = background.
     """
@@ -50,9 +53,11 @@ def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
 def gap_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     """Return the targets (2, y, x) float32 of Micro-Net: the weight of each pixel, then 1 in gaps, else 0.
 
-    A gap is the pixels of a nucleus that touch another one; they count as background. The weight is 1, and near a gap
-    or between two nuclei 1 + w₀·exp(-(d₁ + d₂)² / 2σ²) on the background, with the distances in pixels to the nearest
-    two nuclei. `instances`: (y, x) int32 ids, values up to 0 = background.
+    A gap consists of the pixels of a nucleus that touch another one. They count as background. Pixels of nuclei have
+    the weight 1. Background pixels have the weight 1 + w₀·exp(-(d₁ + d₂)² / 2σ²), where d₁ and d₂ are the distances in
+    pixels to the nearest two nuclei, w₀ is GAP_WEIGHT and σ is GAP_SIGMA. The weight is 1 far from nuclei.
+
+    `instances`: (y, x) int32 ids, values up to 0 = background.
     """
     gap = np.zeros(instances.shape, bool)
     for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1])):
@@ -72,6 +77,14 @@ def gap_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     return np.stack([weight, gap]).astype(np.float32)
 
 
+def number_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Return the targets (2, y, x) float32 of Mask R-CNN: the number of each pixel's nucleus, 0 = none, then zeros.
+
+    `instances`: (y, x) int32 ids up to 2²⁴, values up to 0 = background.
+    """
+    return np.stack([np.maximum(instances, 0), np.zeros_like(instances)]).astype(np.float32)
+
+
 def _boxes(instances: NDArray[np.int32]) -> list[tuple[int, tuple[slice, slice]]]:
     """Return number and bounding box (rows, columns) of each instance."""
     found = find_objects(np.maximum(instances, 0))
@@ -82,7 +95,13 @@ class DistLoss(Loss):
     """Loss of DIST: mean squared error of the distance in pixels, and cross-entropy of the classes."""
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the terms hv_mse and tp_ce, and `loss` (see `Loss`)."""
+        """Return the terms hv_mse and tp_ce, and `loss`, the sum to minimise (see `Loss`).
+
+        hv_mse is left out if no pixel of the batch has annotated nuclei, tp_ce if no pixel has a class.
+
+        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with those of `distance_targets` as
+        hv.
+        """
         terms = {}
         known = targets.np != UNKNOWN
         if known.any():
@@ -97,9 +116,12 @@ class MicroNetLoss(Loss):
     """Loss of Micro-Net: weighted cross-entropy of the classes, of the output and, in training, the auxiliary ones."""
 
     def __call__(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the terms tp_ce and, if `output` has auxiliary outputs, tp_aux, and `loss` (see `Loss`).
+        """Return the terms by name, and `loss`, the sum to minimise (see `Loss`).
 
-        On pixels whose class is not annotated, a nucleus may have any class.
+        The terms are tp_ce and, if `output` has auxiliary outputs, tp_aux. On pixels whose class is not annotated, a
+        nucleus may have any class.
+
+        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with those of `gap_targets` as hv.
         """
         terms = {}
         if (targets.np != UNKNOWN).any() or (targets.tp != UNKNOWN).any():
@@ -122,6 +144,38 @@ class MicroNetLoss(Loss):
         return -(weight * log_likelihood)[known].sum() / weight[known].sum()
 
 
+class MaskRcnnLoss(Loss):
+    """Loss of Mask R-CNN: the sum of torchvision's five losses, without weights.
+
+    Pixels that are not annotated are black, so that nothing is learnt from them. Of nuclei without a class, only the
+    boxes are learnt, by the network that proposes them.
+    """
+
+    def of_batch(self, network: nn.Module, image: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Return torchvision's terms by name, and their sum as `loss`. Everything is computed in float32."""
+        assert isinstance(network, MaskRcnn)
+        annotated = (targets.np != UNKNOWN).unsqueeze(1)
+        terms = network.losses(image * annotated, boxes_and_masks(targets, self.heads.n_types))
+        return terms | {"loss": torch.stack(list(terms.values())).sum()}
+
+
+def boxes_and_masks(targets: Targets, n_types: int) -> list[dict[str, Tensor]]:
+    """Return the nuclei of each image as `MaskRcnn.losses` needs them, those of MIN_PIXELS pixels and more.
+
+    The class of a nucleus is that of most of its pixels, -1 if none is annotated. `targets`: with the numbers of
+    `number_targets`. `n_types`: number of classes, background included; with two, every nucleus has the other one.
+    """
+    found = []
+    for numbers, types in zip(targets.hv[:, 0].long(), targets.tp, strict=True):
+        masks = numbers == torch.unique(numbers[numbers > 0])[:, None, None]
+        masks = masks[masks.sum((1, 2)) >= MIN_PIXELS]
+        votes = torch.stack([(masks & (types == k)).sum((1, 2)) for k in range(1, n_types)], dim=1)
+        labels = torch.where(votes.any(1) | (n_types == 2), votes.argmax(1) + 1, -1)
+        boxes = masks_to_boxes(masks) + masks.new_tensor([0, 0, 1, 1], dtype=torch.float32)
+        found.append({"boxes": boxes, "labels": labels, "masks": masks.to(torch.uint8)})
+    return found
+
+
 @dataclass(frozen=True)
 class System:
     """What a system learns, and how."""
@@ -136,5 +190,6 @@ SYSTEMS = {
     "hover": System(hv_targets, Loss),
     "dist": System(distance_targets, DistLoss),
     "micronet": System(gap_targets, MicroNetLoss),
+    "mask-rcnn": System(number_targets, MaskRcnnLoss),
 }
 """System by its name in cards."""

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 def hv_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     """Return distance maps (2, y, x) float32 in [-1, 1], h (along x) then v (along y), zero on the background.
 
-    The distance of a pixel to the rounded centroid of its instance is divided, along each axis, by the largest distance
-    on the same side, so that the ends have -1 and 1. The number of passes over the pixels does not depend on the number
-    of instances.
+    Along each axis, the distance of a pixel to the rounded centroid of its instance is divided by the largest distance
+    on the same side, so the outermost pixels have -1 and 1. The number of passes over the pixels does not depend on the
+    number of instances.
 
     `instances`: (y, x) int32 ids, values up to 0 = background.
     """

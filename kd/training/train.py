@@ -1,4 +1,4 @@
-"""Train a network: crops → network → loss → optimiser step; validation and a checkpoint after each epoch.
+"""Train a network step by step, with validation and a checkpoint after each epoch.
 
 The same loop trains students, distilled or not, and teachers. It does not import ray, zarr or tiatoolbox, except that
 reading a teacher's outputs or a .zarr cache needs zarr.
@@ -26,7 +26,6 @@ from kd.training.crops import batches, open_teacher, source_shares, training_cro
 from kd.training.initial_weights import cut_of, starting_network
 from kd.training.logs import Log
 from kd.training.losses import BranchWeights
-from kd.training.precision import mixed_precision
 from kd.training.schedule import build_schedule
 from kd.training.state import State, record_of
 from kd.training.systems import SYSTEMS
@@ -41,8 +40,8 @@ def train(config: TrainConfig) -> nn.Module:
 
     The network is in evaluation mode, on the GPU if there is one. Training pauses at `config.max_steps`; if the
     checkpoint is of a finished training, nothing is trained. The checkpoint, log.csv, TensorBoard files and pictures
-    are written to `config.out`, and progress is printed to stdout. The number of torch's threads in this process is
-    set.
+    are written to `config.out`, and progress is printed to stdout. In this process, torch's random seed and number of
+    threads are set, and OpenCV is limited to one thread.
 
     Raises InputError or PackageError if the data, the teacher or the initial weights do not fit, or the checkpoint was
     written with other settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written;
@@ -128,9 +127,7 @@ def train(config: TrainConfig) -> nn.Module:
         state.schedule.before(step)
         model.train()
         torch.manual_seed((config.seed << 32) + step)  # for the encoder's stochastic depth: the same when resumed
-        with mixed_precision(device):
-            output = model(image)
-        terms = loss_of(output.float(), targets)
+        terms = loss_of.of_batch(model, image, targets)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()  # type: ignore[no-untyped-call]  # untyped in torch
         if config.clip:

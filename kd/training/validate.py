@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from hover_batch.metrics import mean_defined
 from hover_batch.model.architectures.hovernet import HoVerNet
@@ -27,7 +27,7 @@ from kd.evaluation.evaluate import MapsOf, evaluate
 from kd.panels import Image, outlined, panel
 from kd.training.augment import LABEL_MARGIN
 from kd.training.crops import Crops, Teacher, batches
-from kd.training.losses import Targets
+from kd.training.losses import Loss
 from kd.training.precision import mixed_precision
 
 SIDE = 512
@@ -45,20 +45,21 @@ TYPICAL = SobelConstants(h_min=-1.191e11, h_max=7.051e10, v_min=-1.17e11, v_max=
 def validation_loss(
     model: nn.Module,
     crops: Crops,
-    loss: Callable[[Tensor, Targets], dict[str, Tensor]],
+    loss: Loss,
     batch: int,
     device: torch.device,
 ) -> float:
     """Return the mean of the entry `loss` over the batches of `crops`; lower is better.
 
-    `model`: network in evaluation mode, on `device`. `loss`: function from (output, targets) to terms by name, among
-    them `loss`. `batch`: crops per batch.
+    OpenCV is limited to one thread in this process (see `batches`).
+
+    `model`: network in evaluation mode, on `device`. `crops`: crops of the validation images. `loss`: its loss.
+    `batch`: crops per batch. `device`: device of the network.
+
+    Raises InputError if a teacher's output cannot be read.
     """
-    losses = []
-    for image, targets in batches(crops, batch, device):
-        with mixed_precision(device):
-            output = model(image)
-        losses.append(loss(output.float(), targets)["loss"])
+    torch.manual_seed(0)  # for the proposals that Mask R-CNN draws
+    losses = [loss.of_batch(model, image, targets)["loss"] for image, targets in batches(crops, batch, device)]
     return float(torch.stack(losses).double().mean())
 
 
@@ -69,16 +70,19 @@ def validate(
     taxonomy: Taxonomy,
     splitter: Splitter = TYPICAL,
 ) -> dict[str, float]:
-    """Return scores from 0 to 1 by name, for the log: `val_pq_<source>`, `val_dice_<source>` and `val_f_d_<source>`.
+    """Return scores from 0 to 1 by name, for the log.
 
-    Sources with annotated types also have `val_f_c_<source>`, the mean F_c over the classes. Sources in PARTIAL have
-    `val_recall_<source>` instead of PQ, Dice and F_d.
+    The names are `val_pq_<source>`, `val_dice_<source>` and `val_f_d_<source>`; sources in PARTIAL have
+    `val_recall_<source>` instead. Sources with annotated types also have `val_f_c_<source>`, the mean F_c over the
+    classes. A score is NaN if it is undefined.
 
     The central SIDE × SIDE pixels of at most SCORED images per source are scored; smaller images are cropped to
     multiples of 32 pixels. The network sees mirrored pixels around this part.
 
-    `model`: network in evaluation mode, on `device`. `samples`: validation images. `taxonomy`: classes of both.
-    `splitter`: post-processing.
+    `model`: network in evaluation mode, on `device`. `samples`: validation images. `device`: device of the network.
+    `taxonomy`: classes of both the network and the samples. `splitter`: post-processing of the maps.
+
+    Raises InputError if an image has too many nuclei to pair.
     """
     maps_of = maps_by(model, device, taxonomy)
     chosen: list[Sample] = []
@@ -106,8 +110,9 @@ def examples(
     Its columns are the centre of the image, its annotations, the teacher's prediction if there is a teacher, and the
     network's prediction. The images are evenly spaced in `samples`. The network sees mirrored pixels around the centre.
 
-    `model`: network in evaluation mode, on `device`. `samples`: validation images, at least one. `taxonomy`: classes of
-    all of them. `teacher`: stored outputs; None without a teacher. `splitter`: post-processing.
+    `model`: network in evaluation mode, on `device`. `samples`: validation images, at least one. `device`: device of
+    the network. `taxonomy`: classes of the network, the samples and the teacher. `teacher`: stored outputs; None
+    without a teacher. `splitter`: post-processing of the maps.
 
     Raises InputError if a teacher's output is missing or corrupted.
     """

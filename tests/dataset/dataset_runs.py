@@ -28,6 +28,9 @@ from hover_batch.slide.survey import write_survey
 from hover_batch.slide.tissue import TissueMask
 from hover_batch.taxonomy import CONSEP, Taxonomy
 
+_TABLES: dict[tuple[Any, ...], tuple[Any, bytes, dict[str, Any]]] = {}
+"""Nuclei, table and summary of slides that were made before, since many tests make the same."""
+
 
 class MadeRun:
     """Folder of a run, written slide by slide. `nuclei`: those of all slides, of which each has a share.
@@ -41,7 +44,12 @@ class MadeRun:
         self.patients: dict[str, str] = {}
         self.extra: dict[str, dict[str, str]] = {}
         out.mkdir(parents=True)
-        run = {"format": RUN_FORMAT, "model_id": "starter", "model_sha256": model_sha256}
+        run = {
+            "format": RUN_FORMAT,
+            "model_id": "starter",
+            "model_sha256": model_sha256,
+            "command": ["segment", "cohort.csv"],
+        }
         self.layout.run_json.write_text(json.dumps(run))
 
     @property
@@ -66,28 +74,39 @@ class MadeRun:
         slide = self.layout.slide(slide_id) if slide_id in self.patients else self.list(slide_id)
         slide.folder.mkdir(parents=True, exist_ok=True)
         slide.slide_json.unlink(missing_ok=True)
-        chosen = np.zeros(len(self.nuclei.type_id), bool)
-        chosen[np.random.default_rng((seed, rows)).permutation(len(chosen))[:rows]] = True
         grid = Grid(self.size, 1.0, 1.0, MPP, self.size)
         context = TableContext(slide_id, taxonomy, grid, MPP, "cohort", None, "starter", self.model_sha256, __version__)
+        mask = TissueMask(np.ones((8, 8), bool), (self.size.width / 8, self.size.height / 8))
+        key = (id(self.nuclei), rows, seed, repr(context))
+        if key not in _TABLES:
+            _TABLES[key] = (self.nuclei, *self._write_table(slide, rows, seed, context, mask))
+        _, table, summary = _TABLES[key]
+        slide.nuclei_parquet.write_bytes(table)
+        info = SlideInfo(self.size, MPP, "cohort", None, (1.0,), "picture", None, fingerprint or f"of {slide_id}", ())
+        write_survey(slide.survey_json, info, mask)
+        slide.slide_json.write_text(json.dumps({"slide_id": slide_id, "nuclei": rows, "summary": summary}))
+        record_table(slide)
+
+    def _write_table(
+        self, slide: SlideLayout, rows: int, seed: int, context: TableContext, mask: TissueMask
+    ) -> tuple[bytes, dict[str, Any]]:
+        """Write the table of nuclei; return its content and its row of the summary."""
+        chosen = np.zeros(len(self.nuclei.type_id), bool)
+        chosen[np.random.default_rng((seed, rows)).permutation(len(chosen))[:rows]] = True
         part = slide.folder / "part.parquet"
         write_part(part, to_arrow(take(self.nuclei, chosen), context))
         merged = merge_parts([(0, part)], slide.nuclei_parquet, context)
         assert merged.nuclei == rows
         part.unlink()
-        mask = TissueMask(np.ones((8, 8), bool), (self.size.width / 8, self.size.height / 8))
-        info = SlideInfo(self.size, MPP, "cohort", None, (1.0,), "picture", None, fingerprint or f"of {slide_id}", ())
-        write_survey(slide.survey_json, info, mask)
         summary = slide_summary(
-            SlideRecord(slide_id, Path("/slides"), 2),
-            taxonomy,
+            SlideRecord(context.slide_id, Path("/slides"), 2),
+            context.taxonomy,
             status="done",
             nuclei=slide.nuclei_parquet,
             tissue_mm2=mask.area_mm2(MPP),
             seconds={"infer": 3.0},
         )
-        slide.slide_json.write_text(json.dumps({"slide_id": slide_id, "nuclei": rows, "summary": summary}))
-        record_table(slide)
+        return slide.nuclei_parquet.read_bytes(), summary
 
     def unfinish(self, slide_id: str) -> None:
         """Begin the slide again."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -145,9 +148,14 @@ def test_results_in_files(asked: Asked, tmp_path: Path) -> None:
     np.testing.assert_array_equal(as_csv.area_um2.to_numpy(np.float32), as_parquet["area_um2"].to_numpy())
 
 
-@pytest.mark.parametrize("name", ["x.xlsx", "none/x.csv", "folder.csv"])
-def test_files_that_cannot_be_written_are_refused_before_the_query(asked: Asked, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["x.xlsx", "none/x.csv", "folder.csv", "closed/x.csv"])
+def test_files_that_cannot_be_written_are_refused_before_the_query(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "closed").mkdir()
+    # Root may write everywhere, which is why the answer is given here.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed")
     assert f"-o {tmp_path / name}: " in ask("query", asked.root, "SELEKT", "-o", tmp_path / name, exit_code=2).stderr
 
 
@@ -164,6 +172,16 @@ def test_a_result_does_not_go_into_the_data_set(asked: Asked) -> None:
 def test_a_long_result_on_the_terminal(asked: Asked) -> None:
     shown = ask("query", asked.root, "SELECT nucleus_id, 1 / 3 AS third FROM nuclei").stdout
     assert "1980 rows" in shown and "(40 shown)" in shown and "0.33333334" in shown and len(shown.splitlines()) < 60
+    assert (
+        ask("query", asked.root, "FROM nuclei").stderr
+        == "note: 1,940 rows are hidden; -o FILE.csv writes all of them\n"
+    )
+    assert "note: most rows are hidden" in ask("query", asked.root, "FROM nuclei, range(10)").stderr
+    for table in ("slides", "nuclei"):
+        described = ask("query", asked.root, f"DESCRIBE {table}")
+        with hover_batch.open_cohort(asked.root) as cohort:
+            assert all(f"│ {name} " in described.stdout for name in cohort.sql(f"FROM {table} LIMIT 0").columns)
+        assert "shown)" not in described.stdout and described.stderr == ""
 
 
 def test_folders_that_are_no_data_set(asked: Asked, tmp_path: Path) -> None:
@@ -171,25 +189,52 @@ def test_folders_that_are_no_data_set(asked: Asked, tmp_path: Path) -> None:
         assert "is not a data set" in ask("query", folder, "SELECT 1", exit_code=2).stderr
 
 
-def test_a_lost_file_is_named(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
-    asked = make(tmp_path, *nuclei)
-    path = next(asked.root.rglob("model=*/*.parquet"))
+@pytest.fixture
+def copied(asked: Asked, tmp_path: Path) -> Path:
+    """Copy of the data set, for tests that change it."""
+    return Path(shutil.copytree(asked.root, tmp_path / "copied"))
+
+
+def test_a_lost_file_is_named(copied: Path) -> None:
+    path = next(copied.rglob("model=*/*.parquet"))
     path.unlink()
-    message = ask("query", asked.root, "SELECT avg(area_um2) FROM nuclei", exit_code=2).stderr
+    message = ask("query", copied, "SELECT avg(area_um2) FROM nuclei", exit_code=2).stderr
     assert path.name in message and "make the data set again" in message
 
 
-def test_a_replaced_file_is_not_counted(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
-    root = make(tmp_path, *nuclei).root
-    [path] = list((root / "nuclei").rglob("*.parquet"))
+def test_a_file_that_may_not_be_read_is_not_called_removed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = next(copied.rglob("model=*/*.parquet"))
+    path.chmod(0)
+    with monkeypatch.context() as patched:
+        if os.access(path, os.R_OK):  # by root
+            path.write_bytes(b"")
+            patched.setattr("builtins.open", denied)
+        said = ask("query", copied, "SELECT avg(area_um2) FROM nuclei", exit_code=1).stderr
+    assert f"{path}: Permission denied; check that it can be read" in said
+
+
+def test_a_query_without_a_folder_for_temporary_files(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", fail)
+    assert "set TMPDIR to a folder" in ask("query", asked.root, "SELECT 1", exit_code=2).stderr
+
+
+def denied(path: object, *_: object, **__: object) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_a_replaced_file_is_not_counted(copied: Path) -> None:
+    [path] = list((copied / "nuclei").rglob("*.parquet"))
     table = pq.read_table(path)
     for rows in (table.slice(1), pa.concat_tables([table, table])):
         pq.write_table(rows, path)
         with pytest.raises(InputError, match=rf"has {len(rows):,} nuclei instead of {len(table):,}\)\. If .* repeat"):
-            hover_batch.open_cohort(root)
+            hover_batch.open_cohort(copied)
     path.write_bytes(b"")
     with pytest.raises(InputError, match=r"a file of nuclei was removed or replaced \(.*too small.*\)\. If"):
-        hover_batch.open_cohort(root)
+        hover_batch.open_cohort(copied)
 
 
 def test_a_data_set_without_nuclei(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
@@ -204,7 +249,10 @@ def test_a_data_set_without_nuclei(nuclei: tuple[Any, Size], tmp_path: Path) -> 
 
 def test_ctrl_c_ends_a_query(asked: Asked) -> None:
     endless = "SELECT count(*) FROM range(1000000000) a, range(1000) b WHERE a.range % 7 = b.range % 5"
-    probe = "import sys, duckdb; from hover_batch.cli import app; print('begins', flush=True); app(sys.argv[1:])"
+    probe = (
+        "import duckdb, typer; from hover_batch.cli import app; command = typer.main.get_command(app); "
+        "print('begins', flush=True); command()"
+    )
     words = [sys.executable, "-c", probe, "query", str(asked.root), endless]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdout.readline() == "begins\n"
@@ -217,13 +265,12 @@ def test_ctrl_c_ends_a_query(asked: Asked) -> None:
 
 
 @pytest.fixture
-def two_models(nuclei: tuple[Any, Size], tmp_path: Path) -> Path:
+def two_models(nuclei: tuple[Any, Size], copied: Path, tmp_path: Path) -> Path:
     """The data set with a second model, whose nuclei of s1 are others."""
-    asked = make(tmp_path / "first", *nuclei)
     second = MadeRun(tmp_path / "second", *nuclei, model_sha256="f" * 64)
     second.put("s1", 33)
-    add_run(second.layout.root, asked.root, (), lambda line: None)
-    return asked.root
+    add_run(second.layout.root, copied, (), lambda line: None)
+    return copied
 
 
 def test_two_models(two_models: Path) -> None:
@@ -302,9 +349,13 @@ def test_a_clinical_table_in_parquet_by_another_column(asked: Asked, tmp_path: P
     [
         ("patient_id,x\n1,2\n", "patient_id", "no patient_id in it is in the data set; it has 1, and the data set 001"),
         ("patient_id,x\n001,2\n001,3\n", "patient_id", "several rows have the same patient_id: 001"),
-        ("patient,x\n001,2\n", "patient_id", "has no column patient_id, but patient, x"),
+        (
+            "patient,x\n001,2\n",
+            "patient_id",
+            "has no column patient_id, but patient, x; rename patient to patient_id, or",
+        ),
         ("patient_id,x\n001,2\n002,3,4,5\n", "patient_id", "cannot be read as CSV"),
-        ("patient,x\n001,2\n", "patient", "patient: is not a column of the slides"),
+        ("patient_id,x\n001,2\n", "patient", "did you mean patient_id?"),
         ("patient_id,x\n", "patient_id", "no patient_id in it is in the data set; it has none"),
         ("patient_id,x\n\xff001,2\n", "patient_id", "cannot be read as CSV"),
         ("", "patient_id", "clinical.csv"),

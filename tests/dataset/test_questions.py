@@ -94,7 +94,7 @@ QUESTIONS = [
     ("counts", "--by", "group"),
     ("counts", "--by", "slide_id", "--of", "spindle", "--without-flagged"),
     ("near", "--of", "epithelial", "--to", "inflammatory", "--by", "patient_id"),
-    ("near", "--of", "spindle", "--to", "spindle", "--within", "12.5", "--without-flagged"),
+    ("near", "--of", "spindle", "--to", "spindle", "--within", "12.5 µm", "--without-flagged"),
 ]
 
 
@@ -165,9 +165,12 @@ def test_bad_questions(asked: Asked) -> None:
         (("near", "--of", "spindle", "--to", "x"), "--to x: is not a class"),
         (("near", "--of", "spindle", "--to", "spindle", "--within", "0"), "--within 0: must be a distance in µm"),
         (("near", "--of", "spindle", "--to", "spindle", "--within", "nan"), "--within nan: must be a distance in µm"),
+        (("near", "--of", "spindle", "--to", "spindle", "--within", "2 mm"), "'2 mm' is not a length in µm, such as"),
         (("compare", "--by", "nonsense"), "--by nonsense: is not a column"),
         (("compare", "--by", "slide_id"), "slides in several groups: 001, 012"),
-        (("compare", "--by", "patient_id"), "groups of fewer than 3 patients: 001 (1)"),
+        (("compare", "--by", "patient_id"), "--by patient_id: a patient alone is no group; give a column"),
+        (("compare", "--by", "groups"), "--by groups: is not a column of the slides"),
+        (("compare", "--by", "groups"), "did you mean group?"),
         (("compare", "--by", "mask_path"), "no slide has both a patient_id and a mask_path"),
         (("compare", "--by", "model"), "has 1 group (starter-00000000); 2 to 10 can be compared"),
     ]

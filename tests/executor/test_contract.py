@@ -213,6 +213,7 @@ def test_a_mask_on_glass_is_warned_of_during_the_run(
     (tmp_path / "cohort.csv").write_text("path,mpp,mask_path\nglass.png,0.25,mask.png\n")
     outcome = run(tmp_path / "cohort.csv", tmp_path / "out", LoadQuick())
     assert outcome.exit_code == 0
-    warning = "only 0% of the mask lies on stained tissue"
+    warning = "Only 0% of the mask lies on stained tissue"
     assert f"glass: {warning}" in capfd.readouterr().err
-    assert warning in json.loads((tmp_path / "out" / "slides" / "glass" / "slide.json").read_bytes())["warnings"][0]
+    done = json.loads((tmp_path / "out" / "slides" / "glass" / "slide.json").read_bytes())
+    assert warning in done["warnings"][0] and done["quality"]["mask_on_tissue"] == 0

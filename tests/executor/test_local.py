@@ -161,7 +161,7 @@ def test_an_automatic_batch_is_recorded_and_kept(
     assert "batch: 8 tiles (auto)" in capsys.readouterr().err
     assert recorded(tmp_path / "two", 2) == recorded(tmp_path / "two")
     # As `resolve_here` leaves the settings on a GPU.
-    monkeypatch.setattr(hover_batch.segment, "resolve_here", lambda settings: settings)
+    monkeypatch.setattr(hover_batch.segment, "resolve_here", lambda settings, card: settings)
     assert recorded(tmp_path / "gpu")["infer"]["batch"] == 4
     assert recorded(tmp_path / "gpu")["infer"]["batch"] == 4
     assert tables(tmp_path / "gpu") == tables(tmp_path / "cpu")

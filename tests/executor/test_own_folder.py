@@ -1,4 +1,7 @@
-"""Ray's folder of a killed process is removed at the next start, but no other; Ray's output goes to its own log."""
+"""Ray's folder of a killed process is removed at the next start, but no other; Ray's output goes to its own log.
+
+A start that fails is repeated, and then ends the command.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from hover_batch.errors import InputError
+from hover_batch.executor import cluster
 from hover_batch.executor.cluster import _stderr_to, own_folder
+from hover_batch.executor.resources import Node, Resources
 
 HOLD = """
 import sys
@@ -52,3 +58,17 @@ def test_what_ray_says_past_python_while_it_comes_up_goes_to_its_log(
         os.write(2, f"{attempt}, of the run\n".encode())
     assert log.read_text() == "first, of its core\nsecond, of its core\n"
     assert capfd.readouterr().err == "first, of the run\nsecond, of the run\n"
+
+
+def test_a_start_that_always_fails_is_no_internal_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**settings: object) -> None:
+        raise Exception("the node did not answer\nmore")
+
+    monkeypatch.setattr(cluster, "_init", fail)
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
+    warnings: list[str] = []
+    message = r"did not start on this machine in 3 attempts \(the node did not answer\); .* use --backend local"
+    start = cluster.started(Resources((Node.here(),)), tmp_path / "ray.log", warn=warnings.append)
+    with pytest.raises(InputError, match=message), start:  # exit code 2: nothing was run
+        pytest.fail("Ray has started")
+    assert len(warnings) == 2

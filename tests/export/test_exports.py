@@ -364,6 +364,13 @@ def test_a_table_of_other_columns_or_classes_is_refused(tmp_path: Path) -> None:
         NucleiTable.open(nuclei.path)
 
 
+def test_the_guide_has_every_format_and_its_cost() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    contents, costs = (table.split("\n\n")[0] for table in guide.split("\n| `--to` |")[1:])
+    for format in Format:
+        assert f"`{format}`" in contents and f"\n| `{format}` |" in costs
+
+
 def test_numbers_are_short_and_bring_back_the_same(tmp_path: Path) -> None:
     nuclei = write_table(tmp_path, *drawn())
     (batch,) = nuclei.batches()

@@ -66,6 +66,9 @@ def test_errors_on_real_annotations(data: Path):
 
     images = paired_images(maps_of, chosen, constants, CONSEP)
     assert {i.count.source for i in images} == {"consep", "tnbc", "gbm40", "lgg_tcga"}
+    slides = {s: [i.count.slide for i in images if i.count.source == s] for s in ("tnbc", "gbm40", "lgg_tcga")}
+    assert set(slides["tnbc"]) <= {"tnbc_patient_05", "tnbc_patient_10"} and set(slides["lgg_tcga"]) == {"TCGA-DU-8165"}
+    assert len(set(slides["gbm40"])) == len(slides["gbm40"]) > 1, "its group is a fold, not a slide"
     for image in images:
         assert image.is_nucleus.sum() == image.count.paired
         assert image.count.paired > 0.8 * image.count.true

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,15 @@ from kd.evaluation.evaluate_package import evaluate_package
 from kd.package import make_package, package_path
 from kd.training.config import TrainConfig
 from kd.training.losses import UNKNOWN, Targets
-from kd.training.systems import SYSTEMS, DistLoss, MicroNetLoss, distance_targets, gap_targets
+from kd.training.systems import (
+    SYSTEMS,
+    DistLoss,
+    MicroNetLoss,
+    boxes_and_masks,
+    distance_targets,
+    gap_targets,
+    number_targets,
+)
 from kd.training.train import train
 
 HEADS = Heads(3)
@@ -103,10 +112,26 @@ def test_the_loss_of_micronet_accepts_any_class_where_none_is_annotated() -> Non
     assert untyped["tp_ce"].item() == pytest.approx(expected, rel=1e-5) and "tp_aux" not in untyped
 
 
+def test_mask_rcnn_learns_each_nucleus_by_its_box_class_and_mask() -> None:
+    instances, tp = np.zeros((40, 60), np.int32), torch.zeros((1, 40, 60), dtype=torch.int64)
+    instances[4:24, 2:12], instances[0:3, 0:3], instances[10:30, 50:60] = 7, 8, 9
+    tp[0, 4:24, 2:12], tp[0, 4:10, 2:12] = 2, 1  # more of it is of class 2
+    tp[0, 10:30, 50:60] = UNKNOWN
+    truth = Targets(torch.from_numpy(instances > 0).long()[None], torch.from_numpy(number_targets(instances))[None], tp)
+    (image,) = boxes_and_masks(truth, 3)
+    assert image["boxes"].tolist() == [[2, 4, 12, 24], [50, 10, 60, 30]]  # the smallest one has too few pixels
+    assert image["labels"].tolist() == [2, -1]
+    np.testing.assert_array_equal(image["masks"].numpy(), np.stack([instances == 7, instances == 9]))
+    assert boxes_and_masks(truth, 2)[0]["labels"].tolist() == [1, 1]  # there is only one class
+    nothing = replace(truth, hv=torch.zeros_like(truth.hv))
+    assert boxes_and_masks(nothing, 3)[0]["masks"].shape == (0, 40, 60)
+
+
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
         ("dist", {"size": 64}),
+        ("mask-rcnn", {"size": 64, "width": 8}),
         # tiatoolbox.models takes long to import.
         pytest.param("micronet", {"width": 8}, marks=pytest.mark.slow),
     ],
@@ -121,7 +146,12 @@ def test_a_system_is_trained_packaged_and_evaluated(model: str, settings: dict[s
     assert f"calibration: none: {model} has no Sobel constants" in lines
     package = find_package(str(config.out / f"{model}.safetensors"))
     card = package.card
-    assert (card.architecture, card.system, dict(card.sobel), card.seam_exact) == (model, model, {}, True)
+    assert (card.architecture, card.system, dict(card.sobel), card.seam_exact) == (
+        model,
+        model,
+        {},
+        model != "mask-rcnn",
+    )
     evaluation = evaluate_package(str(package.path), folder, folds=["val"], threads=1, label=model)
     assert {s.source for s in evaluation.scores} == {"consep", "tnbc"}
     with pytest.raises(InputError, match="--sobel-norm window"):

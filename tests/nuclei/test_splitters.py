@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from scipy.spatial import KDTree
 from skimage.morphology import local_maxima, reconstruction
 from synthetic_maps import LAYOUT, Canvas, random_canvas
 from test_stitch import assert_same
@@ -26,7 +27,7 @@ from hover_batch.nuclei.stitch import nuclei_of_region
 from hover_batch.nuclei.systems import splitter, splitter_of
 from hover_batch.nuclei.watershed import instance_map
 
-DIST, MICRONET = splitter("dist", {}), splitter("micronet", {})
+DIST, MICRONET, MASK_RCNN = (splitter(system, {}) for system in ("dist", "micronet", "mask-rcnn"))
 CROSS = ndimage.generate_binary_structure(2, 1)
 
 
@@ -37,17 +38,28 @@ def distances(foreground: np.ndarray, noise_px: float) -> np.ndarray:
     return np.round(127 * np.clip(distance / DISTANCE_PX, -1, 1)).astype(np.int8)
 
 
-@settings(deadline=None, max_examples=10)
+def to_centres(seed: int, width: int, height: int) -> np.ndarray:
+    """The stored distances to the nearest of random centres, (2, y, x) uint8."""
+    points = np.random.default_rng(seed).integers(0, (width, height), (80, 2))
+    pixels = np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=2)
+    _, nearest = KDTree(points).query(pixels)
+    return np.moveaxis(points[nearest] - pixels, 2, 0).clip(-128, 127).astype(np.int8).view(np.uint8)
+
+
+@settings(deadline=None, max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
     core=st.integers(32, 200),
     halo=st.integers(0, 64),
     offset=st.integers(0, 31),
-    system=st.sampled_from([DIST, MICRONET]),
+    system=st.sampled_from([DIST, MICRONET, MASK_RCNN]),
 )
 def test_any_tiling_equals_the_whole(seed: int, core: int, halo: int, offset: int, system: Splitter) -> None:
     maps = random_canvas(seed, 220, 180).maps
-    maps[LAYOUT.H] = distances(maps[LAYOUT.NP] >= LAYOUT.NP_NUCLEUS, 0.3).view(np.uint8)
+    if system is MASK_RCNN:
+        maps[LAYOUT.H : LAYOUT.V + 1] = to_centres(seed, 220, 180)
+    else:
+        maps[LAYOUT.H] = distances(maps[LAYOUT.NP] >= LAYOUT.NP_NUCLEUS, 0.3).view(np.uint8)
     canvas, post = Canvas(maps), PostSettings(min_area_px=0, halo=halo)
     starts = [(x, y) for y in range(-offset, 180, core) for x in range(-offset, 220, core)]
     cores = [Box(x, y, x + core, y + core) for x, y in starts]

@@ -65,27 +65,33 @@ def test_slides_without_tissue_are_flagged_everywhere(out: Path) -> None:
 
 
 def test_tissue_without_a_nucleus_is_flagged_everywhere(tmp_path: Path) -> None:
-    """Plain pink, which the model searches; a single pixel of it; and a part that a mask leaves out."""
+    """Plain pink, which the model searches; a single pixel of it; a part that a mask leaves out; a mask on glass."""
     pink = np.full((200, 300, 3), (225, 160, 200), np.uint8)
-    for name, picture in {"pink": pink, "dot": pink[:1, :1], "masked": pink}.items():
+    glass = np.full_like(pink, 245)
+    for name, picture in {"pink": pink, "dot": pink[:1, :1], "masked": pink, "glass": glass}.items():
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
     mask = np.zeros((200, 300), np.uint8)
     mask[:20, :20] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     (tmp_path / "cohort.csv").write_text(
         "path,slide_id,mpp,mask_path\npink.png,pink,0.25,\ndot.png,dot,0.25,\nmasked.png,masked,0.25,mask.png\n"
+        "glass.png,glass,0.25,mask.png\n"
     )
     out = tmp_path / "out"
     result = run("segment", tmp_path / "cohort.csv", "-o", out, "--batch", "1")
     assert result.exit_code == 0, result.output
     stands = json.loads(run("status", out, "--json").stdout)
     assert run("report", out).exit_code == 0
+    assert summary(out)["glass"]["flags"] == "mask;no_nuclei" and "mask 1, no_nuclei 4" in run("status", out).stdout
+    assert "glass: Only 0% of the mask lies on stained tissue." in result.stderr
     for name in ("pink", "dot", "masked"):
         assert f"{name}: no_nuclei: No nucleus was found in the tissue. Look at overlay.jpg" in result.stdout
         assert "no_nuclei" in summary(out)[name]["flags"].split(";")
         assert "no_nuclei" in stands["flagged"][name]
     assert (out / "report.html").read_text().count("<b>no_nuclei</b>") >= 3
-    assert "no_nuclei 3" in run("status", out).stdout
+    again = run("segment", "--from", out, "-o", tmp_path / "new", "--batch", "1")
+    assert again.exit_code == 0, again.output
+    assert summary(tmp_path / "new")["glass"]["flags"] == "mask;no_nuclei"
 
 
 def test_resumed_runs_and_new_tables_have_equal_flags(out: Path, cohort: Path, tmp_path: Path) -> None:

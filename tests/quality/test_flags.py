@@ -46,6 +46,8 @@ def names(value: dict[str, Any], others: list[dict[str, Any]] | None = None) -> 
         ),
         (slide({"nuclei": 0, "nuclei_per_mm2": 0.0, "area_um2_p50": None}, **NO_NUCLEI), ["no_nuclei"]),
         (slide({"nuclei": 24, "nuclei_per_mm2": 24.0, "area_um2_p50": 7.0}), ["few_nuclei", "pixel_size"]),
+        (slide(mask_on_tissue=0.6), []),
+        (slide(mask_on_tissue=0.2), ["mask"]),
         (slide({"nuclei_per_mm2": 50_000.0}), ["many_nuclei"]),
         (slide({"area_um2_p50": 140.0}), ["pixel_size"]),
         (slide(sharpness=[0.6, 2.0, 2.0, 2.0]), []),

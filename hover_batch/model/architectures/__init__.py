@@ -25,7 +25,7 @@ GROUP = "hover_batch.architectures"
 
 
 def architecture(name: str) -> Architecture:
-    """Return the architecture that model cards call `name`. Its file and torch are imported.
+    """Return the architecture with the name `name`, as in model cards. Its file and torch are imported.
 
     PackageError if there is no such architecture.
     """
@@ -44,7 +44,7 @@ def architectures() -> list[Architecture]:
 
 
 def file_of(name: str) -> Path | None:
-    """Return the Python file of the architecture `name` without importing it.
+    """Return the path of the Python file of the architecture `name`, without importing it.
 
     None if the architecture is not known or has no file.
     """

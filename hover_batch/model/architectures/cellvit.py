@@ -59,7 +59,11 @@ class CellViTArch:
 
     @property
     def encoder(self) -> str:
-        """Name of the encoder, as in model cards."""
+        """Name of the encoder, as in model cards.
+
+        It is ViT-256, or SAM-B, SAM-L or SAM-H for Segment Anything's encoder with 12, 24 or 32 blocks. For any other
+        number N of blocks, it is SAM-N-blocks.
+        """
         depth = len(self.windows)
         return SAM_SIZES.get(depth, f"SAM-{depth}-blocks") if self.sam else "ViT-256"
 
@@ -70,10 +74,10 @@ def _sam(dim: int, heads: int, depth: int, types: int) -> CellViTArch:
 
 
 def published(encoder: str, types: int) -> CellViTArch:
-    """Return the published architecture with an encoder.
+    """Return the architecture of the published CellViT with the encoder `encoder`.
 
-    `encoder`: name of the encoder, such as SAM-B. `types`: number of channels of the type branch. KeyError if the
-    encoder is not known.
+    `encoder`: ViT-256, SAM-B, SAM-L or SAM-H; KeyError for others. `types`: number of channels of the type branch,
+    background included.
     """
     return {
         "ViT-256": CellViTArch(384, 6, (0,) * 12, 14, types),
@@ -86,7 +90,7 @@ def published(encoder: str, types: int) -> CellViTArch:
 def arch_of(weights: Mapping[str, Tensor]) -> CellViTArch:
     """Return the architecture of a CellViT from the shapes of the tensors in its state dict.
 
-    `weights`: tensors by name. KeyError or a similar error if tensors are missing.
+    `weights`: tensors by name. KeyError or IndexError if tensors are missing or have the wrong number of dimensions.
     """
     sam = "encoder.cls_token" not in weights
     dim = len(weights["encoder.patch_embed.proj.bias"])
@@ -130,7 +134,11 @@ class CellViT(nn.Module):
             self.add_module(name, _branch(dim, high, outputs))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for the batch `image`. See `CellViT` for the shapes of both."""
+        """Return the outputs of all branches, (batch, 4 + types, side, side) float, in the order np, hv, tp.
+
+        `image`: RGB in [0, 1], float (batch, 3, side, side). The side is a multiple of 16 pixels, and with a SAM
+        encoder at most 16·`arch.grid`.
+        """
         image = normalised(image)
         first, second, third, last = self.encoder(image)
         skips = [self.decoder3(third), self.decoder2(second), self.decoder1(first), self.decoder0(image)]
@@ -298,13 +306,14 @@ class CellViTFamily(Architecture):
     batch = 2
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the CellViT with the width and depth of `tensors`; without tensors, the published one.
+        """Return a CellViT with the width and depth of `tensors`; without tensors, the published one.
 
-        `card`: card with the encoder and the classes. `tensors`: state dict that will be loaded; None for the published
-        form.
+        `card`: card with the encoder, the classes and the tile size. `tensors`: state dict that will be loaded; None
+        for the published form.
 
-        PackageError if encoder, classes or tile size on the card do not fit the tensors. KeyError if tensors are
-        missing or, without tensors, the encoder is not known.
+        PackageError if the encoder or the number of classes on the card differs from that of the tensors, or the
+        network cannot take tiles of `tile_in` pixels. KeyError if tensors are missing or, without tensors, the encoder
+        is not known.
         """
         types = len(card.taxonomy.classes)
         arch = published(card.encoder, types) if tensors is None else arch_of(tensors)
@@ -321,9 +330,12 @@ class CellViTFamily(Architecture):
         return CellViT(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise CellViT by its decoders and the depth of its encoder. Arguments and result as in the base class.
+        """Return the encoder and the number of types of a CellViT checkpoint; None if it holds another network.
 
-        PackageError if it has one decoder for all branches, or another normalisation; KeyError as in `arch_of`.
+        `tensors`: state dict of the checkpoint. `record`: everything else in it.
+
+        PackageError if the network has one decoder for all branches, or the checkpoint states another normalisation of
+        the input. KeyError or IndexError if tensors are missing.
         """
         if "encoder.patch_embed.proj.weight" not in tensors:
             return None

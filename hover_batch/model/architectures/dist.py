@@ -1,7 +1,7 @@
-"""DIST: a U-Net that regresses the distance of each nucleus's pixels to its edge, and classifies pixels beside.
+"""DIST: a U-Net that regresses the distance of each nucleus's pixels to its edge and also classifies pixels.
 
 Source: Naylor et al. 2018, IEEE Transactions on Medical Imaging 38(2). The classes are those of HoVerNet's comparison:
-further channels beside the distance, with a softmax (`src/model/dist.py` of vqdang/hover_net). Here the U-Net is
+channels after that of the distance, with a softmax (`src/model/dist.py` of vqdang/hover_net). Here the U-Net is
 segmentation-models-pytorch's, so that encoders and their ImageNet weights are those of the students.
 
 DIST predicts no probability of a nucleus. Its foreground are the pixels with a distance of EDGE_PX and more, so np is a
@@ -31,9 +31,9 @@ class Arranged(nn.Module):
     """Arrange raw channels in the layout of `hover_batch.model.heads`."""
 
     def forward(self, raw: Tensor) -> Tensor:
-        """Return the output (b, 4 + n, y, x) in the layout of `hover_batch.model.heads` for n classes.
+        """Return `raw` in the layout of `hover_batch.model.heads`, (b, 4 + n, y, x) for n classes.
 
-        Its channels are two logits of np, the distance / DISTANCE_PX as h, zero as v, and the logits of the classes.
+        The channels are two logits of np, the distance / DISTANCE_PX as h, zero as v, and the logits of the classes.
 
         `raw` (b, 1 + n, y, x): the distance in pixels, then the logits of n classes, background first.
         """
@@ -43,7 +43,13 @@ class Arranged(nn.Module):
 
 
 def build_dist(arch: StudentArch) -> nn.Module:
-    """Return DIST with random weights. `arch`, input, output and errors as in `build_student`."""
+    """Return DIST with random weights. Nothing is downloaded.
+
+    The network takes RGB in [0, 1], float (batch, 3, y, x), y and x multiples of 32, and returns (batch, 4 + n_types,
+    y, x) float in the layout of `hover_batch.model.heads` (see `Arranged`).
+
+    `arch`: encoder, and number of classes with background. KeyError if the encoder is not known.
+    """
     import segmentation_models_pytorch as smp  # takes seconds
 
     model: nn.Module = smp.Unet(
@@ -64,9 +70,9 @@ class Dist(Architecture):
     system = "dist"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return DIST with the card's encoder and classes; `tensors` is ignored.
+        """Return a DIST network with the encoder and classes of `card` and random weights. `tensors` is ignored.
 
-        PackageError if `tile_in` is not a multiple of 32, KeyError if the encoder is not known.
+        PackageError if `tile_in` of the card is not a multiple of 32, KeyError if the encoder is not known.
         """
         if card.tile_in % 32:
             raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of dist is a multiple of 32")

@@ -58,10 +58,10 @@ class Exported(Architecture):
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
         """Return the network in `tensors`, whose OpenVINO model is read and checked against the card.
 
-        `tensors`: the tensors `xml` and `weights`, uint8.
+        `card`: card with the classes and tile sizes. `tensors`: the tensors `xml` and `weights`, uint8.
 
-        PackageError if there are no tensors, they are not an OpenVINO model, or it does not fit the card. KeyError if
-        one of the tensors is missing.
+        PackageError if `tensors` is None, they are not an OpenVINO model, or it does not fit the card. KeyError if one
+        of the tensors is missing, ImportError if OpenVINO is not installed.
         """
         if tensors is None:
             raise PackageError(f"package {card.name}: an exported network cannot be made without its file")
@@ -87,11 +87,14 @@ ARCHITECTURES = (Exported(),)
 def read_exported(path: Path, toml: Path, sobel: Mapping[str, float]) -> tuple[nn.Module, Card]:
     """Return the network in an exported file, in evaluation mode, and the card that its TOML file describes.
 
-    The module's docstring describes the TOML file.
+    The TOML file has the entries mpp, tile_in, tile_out, np, hv and classes, and optionally name, licence, input and tp
+    (see the module's docstring). The default of the name on the card is that of the TOML file.
 
-    `path`: ONNX or .xml file. `toml`: TOML file. `sobel`: Sobel constants for the card.
+    `path`: ONNX or .xml file; the .bin file of an .xml file must be in the same folder. `toml`: TOML file. `sobel`:
+    Sobel constants for the card, by name (see `Card.sobel`).
 
-    PackageError if a file cannot be read, or the TOML file is incomplete or contradicts the network.
+    PackageError if a file cannot be read, or the TOML file is incomplete or contradicts the network. ImportError if
+    OpenVINO is not installed.
     """
     try:
         said = tomllib.loads(toml.read_text("utf-8"))

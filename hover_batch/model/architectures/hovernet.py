@@ -58,30 +58,34 @@ class TeacherArch:
 
     @property
     def kernel(self) -> int:
-        """Side in pixels of the decoder's convolution kernels."""
+        """Side in pixels of the decoder's convolution kernels: 3 in `fast`, 5 in `original`."""
         return 3 if self.form == "fast" else 5
 
     @property
     def shrink(self) -> int:
-        """Number of pixels by which the output's side is smaller than the input's."""
+        """Number of pixels by which the output's side is smaller than the input's: 92 in `fast`, 190 in `original`."""
         return 92 if self.form == "fast" else 190
 
     @property
     def excess(self) -> int:
-        """Remainder of an input's side modulo 8; not 0 in `original`, whose first convolution does not pad."""
+        """Remainder of a valid input side modulo 8: 0 in `fast`, 6 in `original`.
+
+        The first convolution of `original` does not pad.
+        """
         return 0 if self.form == "fast" else 6
 
     @property
     def reach(self) -> tuple[int, int]:
         """Distances in pixels from an edge of the input within which the output depends on the edge's position.
 
-        The first is for the left and upper edges, the second for the right and lower ones.
+        The first is for the left and upper edges, the second for the right and lower ones: (95, 103) in `fast`, (145,
+        153) in `original`.
         """
         return (95, 103) if self.form == "fast" else (145, 153)
 
     @property
     def tile(self) -> tuple[int, int]:
-        """`tile_in` and `tile_out` of packages with this form, in pixels."""
+        """`tile_in` and `tile_out` of packages with this form, in pixels: (352, 256) or (446, 256)."""
         return (352, 256) if self.form == "fast" else (446, 256)
 
 
@@ -114,9 +118,8 @@ class HoVerNet(nn.Module):
         The result is (batch, channels, y - shrink, x - shrink) float. The channels are those of np, hv and tp in this
         order; without a type branch, those of np are repeated as tp.
 
-        `image`: RGB in [0, 1], float (batch, 3, y, x).
-
-        ValueError if its sides are invalid (see the module's docstring).
+        `image`: RGB in [0, 1], float (batch, 3, y, x). ValueError if y or x does not leave `arch.excess` when divided
+        by 8.
         """
         if any(side % 8 != self.arch.excess for side in image.shape[2:]):
             raise ValueError(
@@ -137,7 +140,7 @@ class HoVerNet(nn.Module):
 
 
 def build_teacher(arch: TeacherArch) -> nn.Module:
-    """Return a HoVerNet of the form `arch` with random weights. See `HoVerNet` for its input and output."""
+    """Return a HoVerNet with the architecture `arch` and random weights. See `HoVerNet` for its input and output."""
     return HoVerNet(arch)
 
 
@@ -167,11 +170,15 @@ class HoverNetForm(Architecture):
         self.patch_side = 256 if form == "fast" else 270
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the HoVerNet with the width of the tensors, and with a type branch if they have one.
+        """Return a HoVerNet with the width of the tensors, and with a type branch if they have one.
 
-        Without tensors, it has the published width, and a type branch if the card has several classes.
+        Without tensors, it has the published width, and a type branch if the card has several classes of nuclei.
 
-        PackageError if card and tensors do not fit each other, or the tile sizes of the card are not valid.
+        `card`: card with the classes and tile sizes. `tensors`: state dict that will be loaded; None for the published
+        form.
+
+        PackageError if tensors are missing, they are of the other form or have another number of classes than the card,
+        or the tile sizes on the card are not valid for this form.
         """
         n_types = len(card.taxonomy.classes)
         try:
@@ -191,10 +198,13 @@ class HoverNetForm(Architecture):
         return build_teacher(arch)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise this form of HoVerNet by the size of the decoder's kernels.
+        """Return the number of types of a checkpoint of this form of HoVerNet; None if it holds another network.
 
-        Arguments and result as in the base class. PackageError for HoVerNet+, which cannot be imported; KeyError as in
-        `arch_of`.
+        The size of the decoder's kernels shows the form. The encoder of the result is empty, and `types` is 0 without a
+        type branch.
+
+        `tensors`: state dict of the checkpoint. `record` is not used. PackageError for HoVerNet+, which cannot be
+        imported; KeyError if tensors are missing.
         """
         if "decoder.np.u3.conva.weight" not in tensors:
             return None

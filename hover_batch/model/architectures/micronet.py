@@ -1,12 +1,12 @@
-"""Micro-Net: a network with the image at four scales in its encoder, and an output for each of three scales beside.
+"""Micro-Net: a network with the image at four scales in its encoder, and auxiliary outputs at three scales.
 
 Source: Raza et al. 2019, Medical Image Analysis 52, 160–173; the network is tiatoolbox's. The classes are those of
 HoVerNet's comparison: a softmax over background and classes, whose sum over the classes is the probability of a
 nucleus; pixels are divided by 255 (`src/model/micronet.py` of vqdang/hover_net).
 
-Its convolutions do not pad, and its skip connections fit together for one side alone, SIDE. Of a tile of 252 pixels
-the central 128 are kept, since 252 does not divide the units of the tile grid. tiatoolbox.models takes long to import,
-so only `build_micronet` does it.
+Its convolutions do not pad, and its skip connections fit together only if the side is SIDE. Of a tile of 252 pixels,
+the central 128 are kept, since 252 does not divide the units of the tile grid. tiatoolbox.models takes a long time to
+import, so only `build_micronet` imports it.
 """
 
 from __future__ import annotations
@@ -55,9 +55,11 @@ class MicroNet(nn.Module):
         self.network.layer = nn.ModuleDict(layers)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the output for the batch `image`. See `MicroNet` for the shapes of both.
+        """Return the output for a batch, (b, 4 + n, SIDE, SIDE) float, in the layout of `hover_batch.model.heads`.
 
-        ValueError if a side is not SIDE.
+        h and v are zero. In training mode, the class logits of the three auxiliary outputs follow, n channels each.
+
+        `image`: RGB in [0, 1], float (b, 3, SIDE, SIDE). ValueError if a side is not SIDE.
         """
         if image.shape[2:] != (SIDE, SIDE):
             raise ValueError(f"Micro-Net takes {SIDE} × {SIDE} pixels, not {tuple(image.shape[2:])}")
@@ -76,9 +78,11 @@ def _widths(*channels: int) -> list[tuple[int, int, int]]:
 def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
     """Return the output of Micro-Net for the centre of an image that is larger than a tile.
 
-    The result is (b, channels, y - SIDE + KEPT, x - SIDE + KEPT).
+    The result is (b, 4 + n, y - SIDE + KEPT, x - SIDE + KEPT) float. The tiles are computed one after the other, and
+    the central KEPT × KEPT pixels of each are kept.
 
-    `network`: Micro-Net. `image`: (b, 3, y, x) float RGB in [0, 1], whose sides are SIDE plus a multiple of KEPT.
+    `network`: Micro-Net in evaluation mode. `image`: (b, 3, y, x) float RGB in [0, 1], whose sides are SIDE plus a
+    multiple of KEPT.
     """
     edge = (SIDE - KEPT) // 2
     rows = [
@@ -95,7 +99,11 @@ def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
 
 
 def build_micronet(n_types: int, width: int = 64) -> nn.Module:
-    """Return a Micro-Net with random weights; `MicroNet` describes the arguments, input and output."""
+    """Return a Micro-Net with random weights. See `MicroNet` for its input and output.
+
+    `n_types`: number of classes, background included. `width`: channels of the first convolution; 64 in the published
+    network.
+    """
     return MicroNet(n_types, width)
 
 
@@ -108,9 +116,12 @@ class MicroNetArchitecture(Architecture):
     patch_side = SIDE
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the Micro-Net with the width of `tensors`; without tensors, the published width.
+        """Return a Micro-Net with the width of `tensors`; without tensors, with the published width of 64.
 
-        PackageError if `tile_in` of the card is not SIDE; KeyError if the tensors are not those of a Micro-Net.
+        `card`: card with the classes and the tile size. `tensors`: state dict that will be loaded; None for the
+        published form.
+
+        PackageError if `tile_in` of the card is not SIDE, KeyError if the tensors are not those of a Micro-Net.
         """
         if card.tile_in != SIDE:
             raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a micronet is {SIDE}")

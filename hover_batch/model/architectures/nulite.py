@@ -64,7 +64,10 @@ class NuLite(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """Return the outputs of all branches for the batch `image`. See `NuLite` for the shapes of both."""
+        """Return the outputs of all branches, (batch, 4 + n_types, y, x) float, in the order np, hv, tp.
+
+        `image`: RGB in [0, 1], float (batch, 3, y, x). y and x are multiples of 32.
+        """
         image = normalised(image)
         fine, middle, coarse, maps = self.encoder["fast_vit"](image)
         bottleneck, decoder4, decoder3, decoder2, decoder1 = self.decoder
@@ -81,9 +84,14 @@ class NuLiteFamily(Architecture):
     name = "nulite"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the NuLite with the card's encoder and classes. Arguments as in the base class.
+        """Return a NuLite with the encoder and classes of `card`.
 
-        PackageError if the card's encoder is not one of ENCODERS, or `tile_in` is not a multiple of 32.
+        It has a tissue classifier if `tensors` has one, or if there are no tensors.
+
+        `card`: card with the encoder, the classes and the tile size. `tensors`: state dict that will be loaded; None
+        for the published form.
+
+        PackageError if the encoder on the card is not one of ENCODERS, or `tile_in` is not a multiple of 32.
         """
         if card.encoder not in ENCODERS.values():
             raise PackageError(f"package {card.name}: the encoder of a nulite is one of {', '.join(ENCODERS.values())}")
@@ -93,10 +101,14 @@ class NuLiteFamily(Architecture):
         return NuLite(card.encoder, len(card.taxonomy.classes), tissues)
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise NuLite and its encoder by the shapes of the tensors. Arguments and result as in the base class.
+        """Return the encoder and the number of types of a NuLite checkpoint; None if it holds another network.
 
-        PackageError if branches of the encoder are merged or the normalisation is another one; KeyError or IndexError
-        if tensors are missing or the encoder is not known.
+        The shapes of the tensors show the encoder.
+
+        `tensors`: state dict of the checkpoint. `record`: everything else in it.
+
+        PackageError if branches of the encoder are merged, or the checkpoint states another normalisation of the input.
+        KeyError or IndexError if tensors are missing or the encoder is not known.
         """
         if not any(name.startswith("encoder.fast_vit.") for name in tensors):
             return None

@@ -48,15 +48,16 @@ class Architecture(ABC):
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
         """Return the network that `card` describes. Its weights do not matter, because they are loaded afterwards.
 
-        `tensors`: state dict that will be loaded strictly; its shapes may decide what the card does not state. None for
-        the published form with the card's classes and encoder.
+        `card`: card with the encoder, the classes and the tile sizes. `tensors`: state dict that will be loaded
+        strictly; its shapes may decide what the card does not state. None for the published form with the card's
+        classes and encoder.
 
         PackageError, KeyError or another error of the libraries if card and tensors do not fit each other or this
         architecture; `load_network` converts all of them to PackageError.
         """
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Return what is recognised of a network of this architecture in a checkpoint; None if it is of another one.
+        """Return the encoder and the number of types of a checkpoint, or None if it is of another architecture.
 
         `tensors`: state dict of the checkpoint. `record`: everything else in it, such as the settings of its training.
 

@@ -29,12 +29,12 @@ class StudentArch:
 
 
 def build_student(arch: StudentArch) -> nn.Module:
-    """Return the student with random weights. Nothing is downloaded.
+    """Return a student network with random weights. Nothing is downloaded.
 
-    The network takes RGB in [0, 1], float (batch, 3, y, x), y and x multiples of 32, and returns (batch,
-    `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`.
+    The network takes RGB in [0, 1], float (batch, 3, y, x), y and x multiples of 32, and returns (batch, 4 + n_types,
+    y, x) float in the layout of `hover_batch.model.heads`.
 
-    KeyError if the encoder is not known.
+    `arch`: encoder, and number of classes with background. KeyError if the encoder is not known.
     """
     import segmentation_models_pytorch as smp  # takes seconds
 
@@ -54,18 +54,21 @@ class UNet(Architecture):
     name = "unet"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the student with the card's encoder and classes; `tensors` is ignored.
+        """Return a student network with the encoder and classes of `card` and random weights. `tensors` is ignored.
 
-        PackageError if `tile_in` is not a multiple of 32, KeyError if the encoder is not known.
+        PackageError if `tile_in` of the card is not a multiple of 32, KeyError if the encoder is not known.
         """
         if card.tile_in % 32:
             raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a unet is a multiple of 32")
         return build_student(StudentArch(card.encoder, len(card.taxonomy.classes)))
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
-        """Recognise HoVer-UNet, and the size of its encoder, by the tensors of the encoder.
+        """Return the encoder and the number of types of a HoVer-UNet checkpoint; None if it holds another network.
 
-        Arguments, result and errors as in the base class.
+        The encoder, mit_b0 … mit_b5, is recognised by its width and by the depth of its third stage.
+
+        `tensors`: state dict of the checkpoint. `record` is not used. KeyError if tensors are missing or the encoder is
+        not known.
         """
         if "encoder.patch_embed1.proj.weight" not in tensors:
             return None

@@ -29,15 +29,18 @@ class Layout(Protocol):
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether `folder` has this layout, complete or not. Raises InputError if a fold occurs twice."""
+        """True if `folder` has this layout, even if files are missing.
+
+        Raises InputError if a fold occurs twice or a folder cannot be listed.
+        """
 
     def __len__(self) -> int: ...
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
         """Yield the images, with types mapped to `taxonomy`, one of TAXONOMIES.
 
-        Raises InputError if an image cannot be read. If a type has no class, InputError is raised before the first
-        image is read.
+        Raises InputError if an image cannot be read or a type is invalid. In the layout of QuPath, the names of all
+        classes are checked by the call itself, before the first image is read.
         """
 
 

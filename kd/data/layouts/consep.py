@@ -58,7 +58,7 @@ class Consep:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether `folder` has one of CoNSeP's subfolders (such as Train/Images); its files are not checked."""
+        """True if `folder` has one of CoNSeP's subfolders, such as Train/Images. Its files are not checked."""
         return any((folder / part / kind).is_dir() for part in PARTS.values() for kind in ("Images", "Labels"))
 
     def __len__(self) -> int:

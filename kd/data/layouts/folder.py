@@ -90,7 +90,7 @@ class InstanceFolder:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether `folder` has a dataset.csv; its content is not checked."""
+        """True if `folder` has a dataset.csv. Its content is not checked."""
         return (folder / TABLE).is_file()
 
     def __len__(self) -> int:
@@ -98,7 +98,10 @@ class InstanceFolder:
 
     @property
     def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES`: pannuke if the source of this name has types, else consep."""
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits the annotated types best.
+
+        It is pannuke if an image of the source pannuke has types, else consep.
+        """
         return "pannuke" if any(row["source"] == "pannuke" and row["types"] for row in self._rows) else "consep"
 
     @property
@@ -123,10 +126,11 @@ class InstanceFolder:
         return list(dict.fromkeys(row["source"] for row in self._rows))
 
     def fingerprints(self) -> list[str]:
-        """Return a text for each image, in the order of the table.
+        """Return one text per image, in the order of the table, that changes with the image's row or files.
 
-        It is its row of the table with the SHA-256 of each of its files, which are all read. Raises InputError if a
-        file cannot be read.
+        It consists of the row and the SHA-256 of each file. All files are read.
+
+        Raises InputError if a file cannot be read.
         """
         texts = []
         try:

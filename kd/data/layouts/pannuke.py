@@ -41,7 +41,7 @@ class PanNuke:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether `folder` has a fold of this layout, or is one. Raises InputError if a fold occurs twice."""
+        """True if `folder` contains a fold of this layout, or is one. Raises InputError if a fold occurs twice."""
         return bool(_folds(folder))
 
     def __len__(self) -> int:
@@ -114,8 +114,9 @@ class _Fold:
 def merge_channels(mask: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
     """Return the instances (y, x) int32 and class codes (y, x) uint8 of a PanNuke mask.
 
-    Instances are numbered from 1 on. The same id in two channels is two nuclei. Where two channels overlap, pixels
-    belong to the later one, as in the authors' metrics (Gamper et al. 2020).
+    Instances are numbered from 1 on. The same id in two channels denotes two nuclei. Where two channels overlap, pixels
+    belong to the later one, as in the authors' metrics (Gamper et al. 2020). The class code is the number of the
+    channel, from 1 on.
 
     `mask`: (y, x, 6) int32 instance ids in one channel per class, and the background in the last channel, which is
     ignored.

@@ -28,9 +28,12 @@ LARGEST_AREA = 128**2
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
-    """Return the pixels of the image file `path` as stored, RGB (y, x, 3) uint8. Grey images become RGB.
+    """Return the pixels of the image file `path` as stored, RGB (y, x, 3) uint8.
 
-    Raises InputError if the file cannot be read as an image, or has more than 8 bits per channel.
+    Grey images become RGB, and an alpha channel is dropped. Orientation tags are ignored, except in TIFFs.
+
+    Raises InputError if the file cannot be read as an image, has more than 8 bits per channel, or is a TIFF with an
+    orientation tag other than upright.
     """
     # Without ANYDEPTH, OpenCV drops the low bits, so that a 12-bit image in 16 bits becomes nearly black.
     image = _read(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -47,8 +50,8 @@ def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 
     `shape`: (y, x) of the image.
 
-    Raises InputError if the file cannot be read as labels of this shape (see `read_codes`), or the values look like
-    classes or like ids truncated to 8 bits.
+    Raises InputError if the file cannot be read as labels of this shape (see `read_codes`), the values are not instance
+    ids (see `check_instance_ids`), or they look like ids truncated to 8 bits.
     """
     ids, dtype = _read_labels(path, shape)
     check_instance_ids(ids, str(path))
@@ -66,8 +69,8 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 
     `shape`: (y, x) of the image.
 
-    Raises InputError if the file cannot be read, does not have one channel of whole numbers from 0 on, or has another
-    shape.
+    Raises InputError if the file cannot be read, does not have one channel of whole numbers from 0 on, has another
+    shape, or is a TIFF with an orientation tag other than upright.
     """
     return _read_labels(path, shape)[0]
 
@@ -75,13 +78,16 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 def check_instance_ids(instances: NDArray[np.int32], where: str) -> None:
     """Check that labels are instance ids, not a semantic mask, and that the background is 0.
 
-    In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code. A mask counts as semantic if at
-    least half of the values are on SEMANTIC_PIECES or more pieces. Published annotations contain a few nuclei in
-    several pieces; these are accepted.
+    In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code. Labels count as a semantic mask
+    if at least half of the values are on SEMANTIC_PIECES or more pieces each. Published annotations contain a few
+    nuclei in several pieces; these are accepted.
+
+    The background has an id if no pixel is 0, or if one id covers more than half of the image and more than
+    LARGEST_AREA pixels.
 
     `instances`: labels (y, x) int32. `where`: file, for the message.
 
-    Raises InputError if the labels are anything else.
+    Raises InputError if the labels look like a semantic mask, or the background has an id.
     """
     ids, areas = np.unique(instances, return_counts=True)
     largest = areas.argmax()

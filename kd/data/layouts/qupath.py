@@ -71,8 +71,8 @@ class _Picture:
 class Qupath:
     """Images that were annotated in QuPath, in `folder`; `len` gives their number.
 
-    `class_map`: class in QuPath, in lower case → class of the taxonomy, or `region`, `ignore` or `none` (see
-    `qupath_objects.meaning`).
+    `class_map`: meaning of each class in QuPath, by its name in lower case. A meaning is a class of the taxonomy,
+    `region`, `ignore` or `none` (see `qupath_objects.meaning`).
 
     Raises InputError if a file cannot be read, a GeoJSON file does not belong to exactly one picture, its positions do
     not fit the picture, or a slide has no region.
@@ -90,7 +90,7 @@ class Qupath:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """Return whether `folder`, or a subfolder for a fold, has a GeoJSON file, or JSON beside a picture.
+        """True if `folder`, or its subfolder train, val or test, has annotations (see `qupath_files.has_annotations`).
 
         Raises InputError if a folder cannot be listed.
         """
@@ -101,9 +101,9 @@ class Qupath:
 
     @property
     def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that has more of the nuclei's classes.
+        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy to which more of the nuclei's class names can be mapped.
 
-        It is consep if both have equally many.
+        It is consep if the numbers are equal.
         """
         names = self.class_names
 
@@ -131,8 +131,9 @@ class Qupath:
         Nuclei without a class have type 0. If no nucleus in the folder has a class of `taxonomy`, types are not
         annotated.
 
-        Raises InputError if a slide cannot be read. If a class is neither in `taxonomy` nor in the class map,
-        InputError is raised by the call itself, before an image is read.
+        Raises InputError if a class is neither in `taxonomy` nor in the class map, or the class map has an unknown
+        meaning. This is checked by the call itself, before an image is read. Raises InputError during the iteration if
+        a slide cannot be read.
         """
         classes = _names_in(taxonomy)
         if odd := sorted(set(self._class_map.values()) - {*classes, REGION, IGNORE, NONE}):

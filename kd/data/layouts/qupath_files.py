@@ -30,12 +30,15 @@ class Annotated:
 
     @property
     def name(self) -> str:
-        """Name of the picture without its suffix."""
+        """Name of the picture without its suffix; .ome.tif and .ome.tiff are removed as a whole."""
         return _names(self.picture)[-1]
 
 
 def has_annotations(folder: Path) -> bool:
-    """Return whether `folder`, or a subfolder for a fold, has a GeoJSON file, or JSON beside a picture.
+    """True if `folder`, or its subfolder train, val or test, has annotations of QuPath.
+
+    These are .geojson and .geojson.gz files. Files with the suffixes .json, .json.gz and .zip count if a picture in the
+    same folder has the same name.
 
     Raises InputError if a folder cannot be listed.
     """
@@ -48,12 +51,12 @@ def has_annotations(folder: Path) -> bool:
 
 
 def find_annotated(folder: Path) -> tuple[list[Annotated], int]:
-    """Return the annotated pictures of `folder` and its subfolders for folds, and the number of other pictures.
+    """Return the annotated pictures, and the number of other pictures, in `folder` and its subfolders for folds.
 
     A GeoJSON file has the name of its picture, with or without the picture's suffix.
 
-    Raises InputError if a GeoJSON file belongs to no or to several pictures, a picture has several, or a folder cannot
-    be listed.
+    Raises InputError if a GeoJSON file belongs to no picture or to several, a picture has several GeoJSON files, or a
+    folder cannot be listed.
     """
     found: list[Annotated] = []
     others = 0

@@ -48,13 +48,14 @@ class Objects:
     names: list[str]
     """Class of each nucleus as in the file, such as `Tumor: Positive`; empty without a class."""
     skipped: Counter[str]
-    """Description of objects that were skipped → their number."""
+    """Number of skipped objects, by their description."""
 
 
 def read_objects(path: Path, class_map: Mapping[str, str]) -> Objects:
     """Read the objects in a GeoJSON file of QuPath. A locked annotation without a class counts as a region.
 
-    `path`: file, gzipped, zipped or plain. `class_map`: class in lower case → meaning (see `meaning`).
+    `path`: file, gzipped, zipped or plain. `class_map`: meaning of each class (see `meaning`), by its name in lower
+    case.
 
     Raises InputError if the file cannot be read, is not GeoJSON, has no objects, or has a cell without a nucleus.
     """
@@ -102,8 +103,8 @@ def meaning(name: str, class_map: Mapping[str, str], classes: Iterable[str] = ()
     None if the meaning is not known. An empty name means NONE. The case of `name` is ignored. If a derived class
     (`Tumor: Positive`) is not known, its first part is looked up.
 
-    `name`: class in QuPath. `class_map`: class in lower case → meaning; takes precedence over `classes` and QuPath's
-    own names. `classes`: names of a taxonomy, in lower case.
+    `name`: class in QuPath. `class_map`: meanings by class in lower case; they take precedence over `classes` and
+    QuPath's own names. `classes`: names of a taxonomy, in lower case.
     """
     if not name:
         return NONE
