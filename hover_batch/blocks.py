@@ -25,9 +25,9 @@ takes to the stage `read` of the Seconds."""
 def block_reader(reader: SlideReader | None, work: SlideWork) -> ReadBlocks:
     """Return a function that reads blocks of an open slide in this process.
 
-    The function takes boxes in inference pixels, and a Seconds to whose stage `read` it adds its time. It yields the
-    pixels of each box in order, RGB (y, x, 3) uint8. While the caller uses one block, a thread reads the next. The
-    errors of the reader propagate, such as SlideError if the pixels cannot be read.
+    The function takes boxes in inference pixels and a Seconds. It yields the pixels of each box in order, RGB (y, x, 3)
+    uint8, and adds its time to the stage `read` of the Seconds. While the caller uses one block, a thread reads the
+    next. The errors of the reader propagate, such as SlideError if the pixels cannot be read.
 
     `reader`: reader of the slide; None if stored maps are used, in which case the function must not be called. `work`:
     slide to read, for its grid.

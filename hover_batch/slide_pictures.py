@@ -20,11 +20,11 @@ THUMBNAIL_SIDE = 1024
 
 
 def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, float]:
-    """Draw thumbnail.jpg, the slide with the tissue's outline, and return the measures of picture and mask by name.
+    """Draw thumbnail.jpg, the slide with its tissue outlined. Return the measures of the picture and the mask by name.
 
-    The names are those of PICTURE_MEASURES and, for a given mask, `mask_on_tissue`. If `reader` is None, the thumbnail
-    and its measures are copied from the run that stored the maps. Then a missing thumbnail is ignored, and measures
-    that an older version of hover-batch did not store are left out.
+    The names are ink, brown, chroma and dark (PICTURE_MEASURES) and, for a given mask, mask_on_tissue. If `reader` is
+    None, the thumbnail and its measures are copied from the run that stored the maps. Then a missing thumbnail is
+    ignored, and measures that an older version of hover-batch did not store are left out.
 
     `work`: slide to draw. `reader`: reader of the slide; None for stored maps.
 

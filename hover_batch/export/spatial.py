@@ -40,8 +40,9 @@ def require_extra() -> None:
 def write_anndata(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.h5ad) as AnnData. An existing file is replaced only when all is written.
 
-    The variables are the table's float32 columns. `obs` holds the other columns, indexed by the nuclei's UUIDs;
-    `obsm["spatial"]` the centroids in level-0 pixels; `uns` the entries `type_colors` and `mpp`.
+    The variables are the table's float32 columns. `obs` holds slide_id, nucleus_id, type, type_id, touches_border and
+    seam_uncertain, indexed by the nuclei's UUIDs. `obsm["spatial"]` holds the centroids in level-0 pixels, and `uns`
+    the entries `type_colors` and `mpp`.
 
     All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. The
     pandas option future.infer_string is False in the whole process while the file is made. Call `require_extra` first.
