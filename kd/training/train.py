@@ -26,6 +26,7 @@ from kd.training.crops import batches, open_teacher, source_shares, training_cro
 from kd.training.initial_weights import cut_of, starting_network
 from kd.training.logs import Log
 from kd.training.losses import BranchWeights
+from kd.training.precision import training_autocast
 from kd.training.schedule import build_schedule
 from kd.training.state import State, record_of
 from kd.training.systems import SYSTEMS
@@ -126,7 +127,7 @@ def train(config: TrainConfig) -> nn.Module:
         state.schedule.before(step)
         model.train()
         torch.manual_seed((config.seed << 32) + step)  # for the encoder's stochastic depth: the same when resumed
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with training_autocast(device):
             output = model(image)
         terms = loss_of(output.float(), targets)
         optimizer.zero_grad(set_to_none=True)
