@@ -185,6 +185,10 @@ class HoverNetForm(Architecture):
             )
         return build_teacher(arch)
 
+    def untrained(self, n_types: int, *, encoder: str, width: int) -> nn.Module:
+        """Return a HoVerNet with random weights and a type branch. Arguments as in the base class."""
+        return build_teacher(TeacherArch(self.form, n_types, width))
+
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
         """Recognise this form of HoVerNet by the size of the decoder's kernels. Arguments as in the base class.
 

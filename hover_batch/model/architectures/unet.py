@@ -35,14 +35,18 @@ def build_student(arch: StudentArch) -> nn.Module:
     `Heads(n_types).channels`, y, x) float in the layout of `hover_batch.model.heads`. KeyError if the encoder is not
     known.
     """
+    return build_unet(arch.encoder, Heads(arch.n_types).channels)
+
+
+def build_unet(encoder: str, channels: int, activation: type[nn.Module] | None = None) -> nn.Module:
+    """Build a U-Net with random weights, `channels` output channels and `activation` after its last layer.
+
+    `encoder`: its name in segmentation-models-pytorch. Nothing is downloaded. KeyError if the encoder is not known.
+    """
     import segmentation_models_pytorch as smp  # takes seconds
 
     model: nn.Module = smp.Unet(
-        arch.encoder,
-        encoder_depth=5,
-        encoder_weights=None,
-        in_channels=3,
-        classes=Heads(arch.n_types).channels,
+        encoder, encoder_depth=5, encoder_weights=None, in_channels=3, classes=channels, activation=activation
     )
     return model
 
@@ -53,13 +57,19 @@ class UNet(Architecture):
     name = "unet"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the student with the card's encoder and classes; `tensors` is ignored.
+        """Return the U-Net with the card's encoder and classes; `tensors` is ignored.
 
         PackageError if `tile_in` is not a multiple of 32, KeyError if the encoder is not known.
         """
         if card.tile_in % 32:
-            raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a unet is a multiple of 32")
-        return build_student(StudentArch(card.encoder, len(card.taxonomy.classes)))
+            raise PackageError(
+                f"package {card.name}: tile_in is {card.tile_in}; that of {self.name} is a multiple of 32"
+            )
+        return self.untrained(len(card.taxonomy.classes), encoder=card.encoder)
+
+    def untrained(self, n_types: int, *, encoder: str, width: int = 0) -> nn.Module:
+        """Return a student with random weights. Arguments and errors as in the base class."""
+        return build_student(StudentArch(encoder, n_types))
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
         """Recognise HoVer-UNet, and the size of its encoder, by the tensors of the encoder.
