@@ -132,7 +132,8 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
             "note": _note(sources, taxonomy),
         },
     )
-    predictor = Predictor(network, card, InferSettings(threads=threads, batch=batch_of(card)))
+    batch = batch_of(card, (s.image.shape for samples in splits.values() for s in samples))
+    predictor = Predictor(network, card, InferSettings(threads=threads, batch=batch))
 
     def maps_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return predict_image(predictor, image)
@@ -190,7 +191,8 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
         raise InputError(
             f"--calibrate {data}: has no image of the fold val whose nuclei are all outlined; give other data"
         )
-    predictor = Predictor(network, card, InferSettings(batch=batch_of(card)))
+    batch = batch_of(card, (s.image.shape for s in samples))
+    predictor = Predictor(network, card, InferSettings(batch=batch))
     found = calibrate(lambda image: predict_image(predictor, image), samples)
     calibration = {
         **found.to_json(),

@@ -239,7 +239,7 @@ def list_packages(
         card, size = package.card, package.path.stat().st_size / 1e6
         typer.echo(f"{name}: {_architecture(card)}, {card.taxonomy.name}, {card.mpp:g} µm")
         typer.echo(f"    {size:.1f} MB; seams {_SEAMS[card.seam_exact]}; licence: {_line(card.licence)}")
-    typer.echo("can be imported:")
+    typer.echo("can be imported (`hover-batch models import NAME` or FILE):")
     for name, kind in KINDS.items():
         how = "by name or file" if kind.by_name else "by file"
         weights, cost = COSTS[name]

@@ -36,7 +36,7 @@ class Kind:
     """Pixel size in µm at which it was trained; 0.25 is 40×."""
     source: str = HUB
     """Where the weights are published."""
-    scores: str = "none read at their source"
+    scores: str = "not recorded here"
     """Published scores, and where they are from."""
     seam_exact: bool = True
     """Whether a nucleus is the same in every division of a slide into units."""

@@ -88,7 +88,8 @@ def calibrate(
         )
     if not samples[check]:
         typer.echo(f"note: --check {check}: {data} has no such image of this fold; the result is not checked", err=True)
-    predictor = load_predictor(package, InferSettings(threads=threads, batch=batch_of(package.card)))
+    batch = batch_of(package.card, (s.image.shape for images in samples.values() for s in images))
+    predictor = load_predictor(package, InferSettings(threads=threads, batch=batch))
     predicted = {}
     for name, images in samples.items():
         typer.echo(f"predicting {len(images)} images of {name}", err=True)

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hover_batch.errors import InputError
-from hover_batch.model.architectures.dist import build_dist
-from hover_batch.model.architectures.hovernet import Form, HoVerNet, TeacherArch, build_teacher
-from hover_batch.model.architectures.mask_rcnn import build_mask_rcnn
-from hover_batch.model.architectures.micronet import build_micronet
-from hover_batch.model.architectures.unet import StudentArch, build_student
+from hover_batch.model.architectures import architecture
+from hover_batch.model.architectures.hovernet import HoVerNet
 from hover_batch.model.package import find_package, load_network
 from hover_batch.taxonomy import Taxonomy
 from kd.training.config import ENCODERS, TrainConfig
@@ -30,17 +27,9 @@ def build_network(settings: Mapping[str, Any], n_types: int) -> nn.Module:
 
     Raises InputError if the encoder is unknown or does not fit a U-Net.
     """
-    if settings["model"] in ENCODERS:
-        builders: dict[str, Callable[[StudentArch], nn.Module]] = {
-            "unet": build_student,
-            "dist": build_dist,
-            "mask-rcnn": partial(build_mask_rcnn, width=settings["width"]),
-        }
-        return _with_encoder(builders[settings["model"]], settings["encoder"], n_types)
-    if settings["model"] == "micronet":
-        return build_micronet(n_types, settings["width"])
-    form: Form = "fast" if settings["model"] == "hovernet-fast" else "original"
-    return build_teacher(TeacherArch(form, n_types, settings["width"]))
+    encoder, width = settings["encoder"], settings["width"]
+    build = partial(architecture(settings["model"]).untrained, n_types, encoder=encoder, width=width)
+    return _with_encoder(build, encoder) if settings["model"] in ENCODERS else build()
 
 
 def cut_of(network: nn.Module) -> int:
@@ -75,9 +64,10 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
     return network, {}
 
 
-def _with_encoder(build: Callable[[StudentArch], nn.Module], encoder: str, n_types: int) -> nn.Module:
+def _with_encoder(build: Callable[[], nn.Module], encoder: str) -> nn.Module:
+    """Return the network that `build` gives. Raises InputError if the encoder is unknown or does not fit a U-Net."""
     try:
-        network = build(StudentArch(encoder, n_types))
+        network = build()
         with torch.inference_mode():
             side = network.eval()(torch.zeros(1, 3, 64, 96)).shape[2:]
     except (KeyError, ValueError, RuntimeError, AssertionError, TypeError, NotImplementedError) as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hover_batch.model.heads import HV, NP, Heads
 from kd.training.config import TrainConfig
-from kd.training.precision import mixed_precision
+from kd.training.precision import training_autocast
 
 UNKNOWN = -1
 """Class of a pixel that no loss counts."""
@@ -259,9 +259,9 @@ class Loss:
     def of_batch(self, network: nn.Module, image: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the terms by name, and under `loss` the loss to minimise, of a `network` on a batch.
 
-        `image`: (b, 3, y, x) float32 in [0, 1]. The network computes in `mixed_precision`, the loss in float32.
+        `image`: (b, 3, y, x) float32 in [0, 1]. The network computes in `training_autocast`, the loss in float32.
         """
-        with mixed_precision(image.device):
+        with training_autocast(image.device):
             output = network(image)
         return self(output.float(), targets)
 

@@ -28,7 +28,7 @@ from kd.panels import Image, outlined, panel
 from kd.training.augment import LABEL_MARGIN
 from kd.training.crops import Crops, Teacher, batches
 from kd.training.losses import Loss
-from kd.training.precision import mixed_precision
+from kd.training.precision import training_autocast
 
 SIDE = 512
 """Side in pixels of the scored central part of each image."""
@@ -152,7 +152,7 @@ def maps_by(model: nn.Module, device: torch.device, taxonomy: Taxonomy) -> MapsO
         margins = [_margin(model, side) for side in image.shape[:2]]
         mirrored = np.pad(image, [(margin, margin) for margin in margins] + [(0, 0)], mode="reflect")
         rgb, padded = (torch.from_numpy(a).to(device).permute(2, 0, 1).unsqueeze(0) for a in (image, mirrored))
-        with mixed_precision(device):
+        with training_autocast(device):
             output = forward(padded.float().div(255).contiguous(memory_format=torch.channels_last)).float()
         height, width = image.shape[:2]
         top, left = (output.shape[2] - height) // 2, (output.shape[3] - width) // 2

@@ -25,6 +25,7 @@ def kd(*arguments: object) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_from_three_folds_to_the_tables(tmp_path: Path) -> None:
     cut = tiles(6, 96)
     write_pannuke(tmp_path / "PanNuke", {fold: cut[i : i + 2] for fold, i in (("1", 0), ("2", 2), ("3", 4))})

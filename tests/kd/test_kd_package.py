@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from training_folder import Knows, write_folder
 
+import kd.package
 import kd.training.train
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.package import find_package, load_network
-from hover_batch.model.predict import load_predictor
+from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.taxonomy import CONSEP
 from kd.commands.package import package as package_command
 from kd.data.datasets import Sample, read_data
@@ -30,14 +32,30 @@ def config(tmp_path_factory) -> TrainConfig:
     return TrainConfig(data=folder, out=tmp_path_factory.mktemp("out"), **common)
 
 
+class Recorded(Predictor):
+    """Records the batch size of each predictor."""
+
+    batches: ClassVar[list[int]] = []
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.batches.append(self.batch)
+
+
 @pytest.fixture(scope="module")
 def package(config):
     """Of a distilled student."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kd.training.train, "open_teacher", lambda path, taxonomy: Knows())
         train(replace(config, teacher=Path("taught"), alpha=0.5))
-    lines = make_package(config.out / "checkpoint.pt", config.data, config.out / "student.safetensors", threads=1)
+        patch.setattr(kd.package, "Predictor", Recorded)
+        lines = make_package(config.out / "checkpoint.pt", config.data, config.out / "student.safetensors", threads=1)
     return find_package(str(config.out / "student.safetensors")), lines
+
+
+def test_a_batch_has_no_more_tiles_than_an_image(package):
+    """Short batches are padded, so that each patch of one tile would be computed eight times."""
+    assert Recorded.batches == [1]
 
 
 def test_the_card_says_what_was_seen_and_what_was_learnt_from(package, config):

@@ -14,7 +14,7 @@ from training_folder import write_folder
 
 from hover_batch.errors import InputError, PackageError
 from hover_batch.metrics import panoptic_quality
-from hover_batch.model.architectures.micronet import build_micronet
+from hover_batch.model.architectures import micronet
 from hover_batch.model.heads import DISTANCE_PX, Heads
 from hover_batch.model.package import find_package, load_network
 from hover_batch.nuclei.systems import splitter
@@ -174,9 +174,9 @@ def test_a_card_of_another_system_than_its_architecture_is_refused(monkeypatch: 
 
 @pytest.mark.slow
 def test_micronet_of_the_published_width_has_the_layers_of_tiatoolbox() -> None:
-    from tiatoolbox.models.architecture.micronet import MicroNet
+    from tiatoolbox.models.architecture import micronet as library
 
     with torch.device("meta"):
-        ours, theirs = build_micronet(5), MicroNet(num_output_channels=5)
+        ours, theirs = micronet.MicroNet(5), library.MicroNet(num_output_channels=5)
     shapes = {name.removeprefix("network."): t.shape for name, t in ours.state_dict().items()}
     assert shapes == {name: t.shape for name, t in theirs.state_dict().items()}

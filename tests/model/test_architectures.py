@@ -25,6 +25,7 @@ from hover_batch.model.architectures import architecture, architectures
 from hover_batch.model.architectures.cellvit import CellViT, CellViTArch, arch_of, published
 from hover_batch.model.architectures.nulite import ENCODERS, NuLite
 from hover_batch.model.checkpoint import card_of, read_checkpoint
+from hover_batch.model.openvino import OpenVinoNetwork, convert
 from hover_batch.model.package import find_package, load_network
 from hover_batch.model.published import COSTS, KINDS
 from hover_batch.taxonomy import PANNUKE
@@ -75,6 +76,17 @@ def test_outputs_are_those_of_the_released_code(name: str) -> None:
     pixel, mean = RECORDED[name]
     torch.testing.assert_close(output[:, 32, 29], torch.tensor(pixel), rtol=0, atol=1e-4)
     torch.testing.assert_close(output.mean((1, 2)), torch.tensor(mean), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("encoder", ["ViT-256", "SAM-B"])
+def test_openvino_gives_the_outputs_of_a_cellvit(encoder: str) -> None:
+    """It is the default runtime on a CPU. The run of a NuLite below uses it, too."""
+    tensors = weights(f"cellvit {encoder}")
+    network = CellViT(arch_of(tensors))
+    network.load_state_dict(tensors)
+    converted = OpenVinoNetwork(convert(network, IMAGE.shape[-1]), batch=1, threads=1)
+    with torch.inference_mode():
+        torch.testing.assert_close(converted(IMAGE), network.eval()(IMAGE), rtol=0, atol=1e-4)
 
 
 def test_shapes_decide_the_published_sizes() -> None:

@@ -201,7 +201,7 @@ class _Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         tokens = self.patch_embed["proj"](image).permute(0, 2, 3, 1)
-        side = tokens.shape[1]
+        side = int(tokens.shape[1])  # when torch traces the network for OpenVINO, shapes are tensors
         if self.arch.sam:
             tokens = tokens + self.pos_embed[:, :side, :side]
         else:

@@ -11,14 +11,13 @@ steep function of the distance that is ½ there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hover_batch.errors import PackageError
-from hover_batch.model.architectures.protocol import Architecture
-from hover_batch.model.architectures.unet import StudentArch
-from hover_batch.model.card import Card
+from hover_batch.model.architectures.protocol import Recognised
+from hover_batch.model.architectures.unet import UNet, build_unet
 from hover_batch.model.heads import DISTANCE_PX
 
 EDGE_PX = 0.5
@@ -42,41 +41,19 @@ class Arranged(nn.Module):
         return torch.cat([zero, _STEEPNESS * (distance - EDGE_PX), distance / DISTANCE_PX, zero, types], dim=1)
 
 
-def build_dist(arch: StudentArch) -> nn.Module:
-    """Return DIST with random weights. Nothing is downloaded.
-
-    The network takes RGB in [0, 1], float (batch, 3, y, x), y and x multiples of 32, and returns (batch, 4 + n_types,
-    y, x) float in the layout of `hover_batch.model.heads` (see `Arranged`).
-
-    `arch`: encoder, and number of classes with background. KeyError if the encoder is not known.
-    """
-    import segmentation_models_pytorch as smp  # takes seconds
-
-    model: nn.Module = smp.Unet(
-        arch.encoder,
-        encoder_depth=5,
-        encoder_weights=None,
-        in_channels=3,
-        classes=1 + arch.n_types,
-        activation=Arranged,
-    )
-    return model
-
-
-class Dist(Architecture):
-    """DIST."""
+class Dist(UNet):
+    """DIST, which is built from its card like a student. No weights are published."""
 
     name = "dist"
     system = "dist"
 
-    def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return a DIST network with the encoder and classes of `card` and random weights. `tensors` is ignored.
+    def untrained(self, n_types: int, *, encoder: str, width: int = 0) -> nn.Module:
+        """Return a DIST with random weights; arguments and errors are those of a student (see `UNet.untrained`)."""
+        return build_unet(encoder, 1 + n_types, Arranged)
 
-        PackageError if `tile_in` of the card is not a multiple of 32, KeyError if the encoder is not known.
-        """
-        if card.tile_in % 32:
-            raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of dist is a multiple of 32")
-        return build_dist(StudentArch(card.encoder, len(card.taxonomy.classes)))
+    def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
+        """Return None, since there are no checkpoints to import."""
+        return None
 
 
 ARCHITECTURES = (Dist(),)

@@ -197,6 +197,14 @@ class HoverNetForm(Architecture):
             )
         return build_teacher(arch)
 
+    def untrained(self, n_types: int, *, encoder: str, width: int) -> nn.Module:
+        """Return a HoVerNet with random weights and a type branch.
+
+        `n_types`: number of classes, background included. `width`: channels of its first convolution. `encoder` is
+        ignored.
+        """
+        return build_teacher(TeacherArch(self.form, n_types, width))
+
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
         """Return the number of types of a checkpoint of this form of HoVerNet; None if it holds another network.
 

@@ -178,11 +178,6 @@ def merged(log_p: Tensor, boxes: Tensor, masks: Tensor, shape: tuple[int, int]) 
     return output
 
 
-def build_mask_rcnn(arch: StudentArch, width: int = 64) -> nn.Module:
-    """Return a Mask R-CNN with random weights; `MaskRcnn` describes arguments, input, output and errors."""
-    return MaskRcnn(arch, width)
-
-
 class MaskRcnnArchitecture(Architecture):
     """Mask R-CNN."""
 
@@ -200,7 +195,16 @@ class MaskRcnnArchitecture(Architecture):
         if card.tile_in % 32:
             raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of mask-rcnn is a multiple of 32")
         width = 64 if tensors is None else len(tensors["rpn.head.cls_logits.weight"][0]) // 4
-        return build_mask_rcnn(StudentArch(card.encoder, len(card.taxonomy.classes)), width)
+        return self.untrained(len(card.taxonomy.classes), encoder=card.encoder, width=width)
+
+    def untrained(self, n_types: int, *, encoder: str, width: int) -> nn.Module:
+        """Return a Mask R-CNN with random weights.
+
+        `n_types`: number of classes, background included. `encoder`: its name in segmentation-models-pytorch. `width`:
+        scale of the heads (see `MaskRcnn`). KeyError or another error of segmentation-models-pytorch if the encoder is
+        not known or does not fit.
+        """
+        return MaskRcnn(StudentArch(encoder, n_types), width)
 
 
 ARCHITECTURES = (MaskRcnnArchitecture(),)

@@ -6,7 +6,7 @@ nucleus; pixels are divided by 255 (`src/model/micronet.py` of vqdang/hover_net)
 
 Its convolutions do not pad, and its skip connections fit together only if the side is SIDE. Of a tile of 252 pixels,
 the central 128 are kept, since 252 does not divide the units of the tile grid. tiatoolbox.models takes a long time to
-import, so only `build_micronet` imports it.
+import, so only `MicroNet` imports it.
 """
 
 from __future__ import annotations
@@ -98,15 +98,6 @@ def by_tiles(network: nn.Module, image: Tensor) -> Tensor:
     return torch.cat(rows, dim=2)
 
 
-def build_micronet(n_types: int, width: int = 64) -> nn.Module:
-    """Return a Micro-Net with random weights. See `MicroNet` for its input and output.
-
-    `n_types`: number of classes, background included. `width`: channels of the first convolution; 64 in the published
-    network.
-    """
-    return MicroNet(n_types, width)
-
-
 class MicroNetArchitecture(Architecture):
     """Micro-Net."""
 
@@ -126,7 +117,15 @@ class MicroNetArchitecture(Architecture):
         if card.tile_in != SIDE:
             raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a micronet is {SIDE}")
         width = 64 if tensors is None else len(tensors["network.layer.b1.conv1.0.bias"])
-        return build_micronet(len(card.taxonomy.classes), width)
+        return MicroNet(len(card.taxonomy.classes), width)
+
+    def untrained(self, n_types: int, *, encoder: str, width: int) -> nn.Module:
+        """Return a Micro-Net with random weights.
+
+        `n_types`: number of classes, background included. `width`: channels of its first convolution. `encoder` is
+        ignored.
+        """
+        return MicroNet(n_types, width)
 
 
 ARCHITECTURES = (MicroNetArchitecture(),)

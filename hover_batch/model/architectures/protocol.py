@@ -56,6 +56,15 @@ class Architecture(ABC):
         architecture; `load_network` converts all of them to PackageError.
         """
 
+    def untrained(self, n_types: int, *, encoder: str, width: int) -> nn.Module:
+        """Return a network with random weights, in training mode, for `kd train`.
+
+        `n_types`: number of classes, background included. `encoder`, `width`: as in `kd train`; an architecture ignores
+        the one that it does not have. NotImplementedError for architectures that `kd train` cannot train, KeyError or
+        another error of segmentation-models-pytorch if the encoder is not known or does not fit.
+        """
+        raise NotImplementedError(f"{self.name} cannot be trained")
+
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
         """Return the encoder and the number of types of a checkpoint, or None if it is of another architecture.
 

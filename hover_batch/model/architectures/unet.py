@@ -36,14 +36,21 @@ def build_student(arch: StudentArch) -> nn.Module:
 
     `arch`: encoder, and number of classes with background. KeyError if the encoder is not known.
     """
+    return build_unet(arch.encoder, Heads(arch.n_types).channels)
+
+
+def build_unet(encoder: str, channels: int, activation: type[nn.Module] | None = None) -> nn.Module:
+    """Return a U-Net with random weights. Nothing is downloaded.
+
+    `encoder`: its name in segmentation-models-pytorch. `channels`: number of output channels. `activation`: module
+    after the last layer; None for logits.
+
+    KeyError if the encoder is not known.
+    """
     import segmentation_models_pytorch as smp  # takes seconds
 
     model: nn.Module = smp.Unet(
-        arch.encoder,
-        encoder_depth=5,
-        encoder_weights=None,
-        in_channels=3,
-        classes=Heads(arch.n_types).channels,
+        encoder, encoder_depth=5, encoder_weights=None, in_channels=3, classes=channels, activation=activation
     )
     return model
 
@@ -54,13 +61,24 @@ class UNet(Architecture):
     name = "unet"
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return a student network with the encoder and classes of `card` and random weights. `tensors` is ignored.
+        """Return a U-Net with the encoder and classes of `card` and random weights. `tensors` is ignored.
 
         PackageError if `tile_in` of the card is not a multiple of 32, KeyError if the encoder is not known.
         """
         if card.tile_in % 32:
-            raise PackageError(f"package {card.name}: tile_in is {card.tile_in}; that of a unet is a multiple of 32")
-        return build_student(StudentArch(card.encoder, len(card.taxonomy.classes)))
+            raise PackageError(
+                f"package {card.name}: tile_in is {card.tile_in}; that of {self.name} is a multiple of 32"
+            )
+        return self.untrained(len(card.taxonomy.classes), encoder=card.encoder)
+
+    def untrained(self, n_types: int, *, encoder: str, width: int = 0) -> nn.Module:
+        """Return a student with random weights.
+
+        `n_types`: number of classes, background included. `encoder`: its name in segmentation-models-pytorch. `width`
+        is ignored. KeyError or another error of segmentation-models-pytorch if the encoder is not known or does not
+        fit.
+        """
+        return build_student(StudentArch(encoder, n_types))
 
     def recognise(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Recognised | None:
         """Return the encoder and the number of types of a HoVer-UNet checkpoint; None if it holds another network.
