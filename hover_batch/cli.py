@@ -51,9 +51,10 @@ def main(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
-    """Print the version and exit if --version is given. Otherwise warn about unknown environment variables on stderr.
+    """Print the version and exit if --version is given; otherwise warn about unknown environment variables.
 
-    The command `segment` gives these warnings itself, in its own log format. To exit, typer.Exit is raised.
+    Those are variables HOVER_BATCH_* that no command reads; the warnings go to stderr. The command `segment` gives them
+    itself, in its own log format. Raises typer.Exit after the version is printed.
     """
     if version:
         typer.echo(__version__)

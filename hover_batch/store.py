@@ -53,8 +53,8 @@ class PredictionStore:
         An existing store must have been created with the same values, which is not checked.
 
         `size`: size of the canvas in inference pixels. `planes`: number of planes. `unit`: side of a shard in inference
-        pixels. `attributes`: JSON values such as mpp, scale, plane names and the model card, so that the store can be
-        read without this package.
+        pixels. `attributes`: JSON values: HV_MASKED, whether h and v are masked (False if it is missing), and, so that
+        the store can be read without this package, mpp, scale, plane names and the model card.
 
         OSError if it cannot be written; errors of zarr, mostly ValueError, if an existing store is corrupted.
         """

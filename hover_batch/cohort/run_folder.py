@@ -155,7 +155,8 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
 def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
     """Return the content of estimate.json if a slide's density is estimated from a part of it; otherwise None.
 
-    The result is also None if the whole slide is done, or if the file is corrupted, so that `segment` makes it again.
+    It is also None if the whole slide is done. None, too, if the file is corrupted or belongs to another slide;
+    `segment` then estimates the slide again.
 
     `slide`: paths of the slide's results. OSError if the file cannot be read.
     """

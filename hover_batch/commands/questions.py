@@ -72,9 +72,9 @@ def counts(
 ) -> None:
     """Count the nuclei of each patient, group or slide, by class, and give their density per mm² of tissue.
 
-    The density over several slides is the sum of their nuclei divided by the sum of their tissue.
+    The density over several slides is their total number of nuclei divided by their total area of tissue.
 
-    The same in SQL, for the densities of one class:
+    The SQL for the densities of one class is:
 
     SELECT patient_id, sum(n_inflammatory) / sum(tissue_mm2) FROM slides GROUP BY patient_id
 

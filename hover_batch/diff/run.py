@@ -37,10 +37,13 @@ class RunsDiff:
     """Classes of A and of B, for the legend; empty if no slide is compared."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of diff.json as JSON values by name. It has everything except the pictures.
+        """Return the content of diff.json as JSON values by name: all results except the pictures.
 
-        The keys are `format`, `a` and `b` (the runs), `min_iou`, `endpoint`, `tolerance`, `min_matched`, `faults`,
-        `slides` (see `SlideDiff.to_json`), `not_compared`, `cohort` and `places`.
+        - `format`, `a` and `b` (the runs), `min_iou`, `endpoint`, `tolerance`, `min_matched`, `faults`;
+        - `slides`: see `SlideDiff.to_json`; each also has `patient_id`, None if it is not known;
+        - `not_compared`: the slides that are in one run only or cannot be compared, each with the reason;
+        - `cohort`: the differences over all slides, such as `relative_change` by endpoint and `confusion`;
+        - `places`: each with `slide_id`, `box` in level-0 pixels, and the numbers of nuclei that differ.
         """
         cohort = self.cohort
         confusion = cohort.confusion

@@ -83,10 +83,9 @@ class DiskSpace:
         return not self.full
 
     def wait(self) -> None:
-        """Wait until the run can continue, with a check of the disk space as in `available`.
+        """Block until `available` returns True, which is at once unless the run is paused.
 
-        It returns at once unless the run is paused. OSError if the space cannot be checked for a reason other than a
-        full disk.
+        OSError if a check fails, unless the reason is a full disk.
         """
         while not self.available():
             time.sleep(0.2)

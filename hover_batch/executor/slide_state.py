@@ -116,9 +116,10 @@ class SlideState:
         return self.planned.record.slide_id
 
     def add_survey(self, surveyed: Surveyed) -> None:
-        """Store the result of the survey, and queue the units and regions that are not done yet.
+        """Store the result of the survey, and queue the units that are not predicted yet.
 
-        If all are done, the slide can be finalized at once.
+        A region that is not done is queued if all the units that it needs are predicted; otherwise it waits for them
+        (see `mark_inferred`). If all regions are done, the slide can be finalized at once.
         """
         self.surveyed = True
         self.units = surveyed.work.units

@@ -29,10 +29,11 @@ def markers_of(
 
     Markers are the 4-connected pieces of the pixels with an energy below MARKER_ENERGY, after holes are filled and the
     result is opened by an ellipse of 5 × 5 pixels. They are numbered 1 … m in the order of their first pixels. Markers
-    of fewer than MIN_PIXELS pixels are dropped.
+    of fewer than MIN_PIXELS pixels are dropped. Only pixels of `own` are labelled; others that filling and opening add
+    count towards MIN_PIXELS.
 
     `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2) float32: see `energy_around`.
-    `edges`: whether the box touches the left, upper, right and lower edge of the window; like OpenCV, the opening
+    `edges`: whether the box touches the left, upper, right and lower edge of the window; like OpenCV, the erosion
     treats all pixels beyond these edges as set.
     """
     filled = _filled(own, energy)

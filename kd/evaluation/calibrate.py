@@ -101,9 +101,9 @@ class Calibration:
 
 
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
-    """Predict the images of `samples`. Return each sample with its stored planes np, h and v, in order.
+    """Run the model on the image of each sample. Return pairs of sample and planes, in order.
 
-    The planes are (3, y, x) uint8.
+    The planes are the maps np, h and v, (3, y, x) uint8, quantised as in `MapLayout`.
 
     `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (plane, y, x) uint8 (see `MapLayout`).
     `samples`: annotated images.
@@ -113,7 +113,7 @@ def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
 
 
 def calibrate(maps_of: MapsOf, samples: Sequence[Sample], cuts: Sequence[float] = CUTS) -> Calibration:
-    """Predict the images of `samples`, and return the Sobel constants that `search` finds on them.
+    """Run the model on the images of `samples`, and return the Sobel constants that `search` finds on them.
 
     `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (see `MapLayout`). `samples`: annotated
     images, at least one. `cuts`: cuts to try, at least one (see `search`).

@@ -45,11 +45,11 @@ class Shown:
 
 
 def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
-    """Return a picture (y, x, 3) uint8 RGB with a row for each of `n` images, and a colour key below.
+    """Return a picture (y, x, 3) uint8 RGB with one row per image, at most `n`, and a colour key below.
 
-    The images are those of `fullest`, which have many nuclei. Columns are the image, the annotations, and the
-    predictions of each model in the classes that it has in common with the data. The annotations are drawn in the
-    common classes of the last model.
+    `fullest` selects images with many nuclei. Of each, the central SIDE × SIDE pixels are shown, magnified SCALE times;
+    smaller images are padded with white. Columns are the image, the annotations, and the predictions of each model in
+    the classes that it has in common with the data. The annotations are drawn in the common classes of the last model.
 
     `data`: annotated images, at least one. `models`: models to show, at least one. `n`: largest number of rows.
 

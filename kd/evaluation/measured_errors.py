@@ -52,7 +52,7 @@ class PairedImage:
 def paired_images(
     maps_of: MapsOf, samples: Iterable[Sample], splitter: Splitter | None, taxonomy: Taxonomy
 ) -> list[PairedImage]:
-    """Predict the images of `samples` with `maps_of`, and pair predicted with annotated nuclei, image by image.
+    """Run the model on the images of `samples`, and pair predicted with annotated nuclei, image by image.
 
     Samples of sources that do not outline every nucleus are left out.
 
@@ -126,15 +126,17 @@ def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
 
 
 def tried_on(images: Sequence[PairedImage], fitted_on: Sequence[PairedImage]) -> dict[str, Any]:
-    """Fit the errors on the images `fitted_on`, and test them on `images`. Return JSON values by source of `images`.
+    """Fit the calibrations and the count error on `fitted_on`, and evaluate them on `images`.
 
-    The entry of a source has the key `images`, the number of its images. The other keys are present only if the error
-    could be fitted:
+    Return JSON values by source of `images`, each with these keys:
 
-    - the name of a column in CALIBRATED: reliability diagrams `before` and `after` its calibration, which is fitted
-      even if there are too few images for the card;
-    - `covered`: number of images whose true count is in the interval;
-    - `of`: number of images with an interval.
+    - `images`: number of its images;
+    - the name of a column in CALIBRATED: reliability diagrams (see `Reliability.to_json`) `before` and `after`
+      calibration; absent if no calibration could be fitted or the source has no nuclei to judge;
+    - `covered`: number of images whose true count is in the interval, and `of`, number of images with an interval;
+      absent if no count error could be fitted.
+
+    Unlike `fit_uncertainty`, this needs no minimum number of images.
     """
     scalings, error = fit_scalings(fitted_on), fit_count_error([image.count for image in fitted_on])
     by_source: dict[str, Any] = {}
