@@ -30,8 +30,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
     When the block ends, the file there is synced and replaces `path`; on an error it is removed, and `path` is
     unchanged. The name is unique to the call, so that concurrent writers of one file do not use the same temporary
-    file. OSError if the block wrote no file, or `path` cannot be replaced.
+    file. OSError if the block wrote no file, or `path` cannot be replaced; before the block, if it is a device, pipe or
+    socket, such as /dev/null, which would be gone for all programs.
     """
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    if special or (path.is_symlink() and os.readlink(path).startswith("/proc/")):  # /dev/stdout
+        raise OSError(errno.EINVAL, "is a device or a pipe, not a file; name a file", str(path))
     with _temporary(path) as temporary:
         yield temporary
         _sync(temporary)
