@@ -32,8 +32,12 @@ def replacing(path: Path) -> Iterator[Path]:
     file is removed, and `path` is unchanged. Each call has a name of its own, so that concurrent writers of one file do
     not use the same temporary file.
 
-    OSError if the block wrote no file, or `path` cannot be replaced.
+    OSError if the block wrote no file, or `path` cannot be replaced. Before the block, OSError if `path` is a device,
+    pipe or socket, such as /dev/null, which would be gone for all programs.
     """
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    if special or (path.is_symlink() and os.readlink(path).startswith("/proc/")):  # /dev/stdout
+        raise OSError(errno.EINVAL, "is a device or a pipe, not a file; name a file", str(path))
     with _temporary(path) as temporary:
         yield temporary
         _sync(temporary)

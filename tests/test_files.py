@@ -210,3 +210,12 @@ def test_what_killed_writes_left_is_swept_unless_another_writes_there(tmp_path: 
             assert mine.exists()
     assert path.read_bytes() == b"1"
     assert sorted(tmp_path.iterdir()) == [others, path]
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    for path in (tmp_path / "pipe", tmp_path / "stdout"):
+        with pytest.raises(OSError, match="is a device or a pipe, not a file; name a file"):
+            write_atomically(path, b"")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "stdout").is_symlink()

@@ -106,6 +106,13 @@ def card_of(name: str, architecture: Architecture) -> Card:
     )
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether the tensor has a value of its own for each element, so that it takes no more memory than in the
+    file."""
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
 def _tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """Return the state dict of a checkpoint, and everything else in it.
 
@@ -131,7 +138,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
             f"{path}: holds no state dict; expected tensors by name, bare or under `desc` or `model_state_dict`"
         )
     weights = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-    if odd := [n for n, t in weights.items() if t.layout is not torch.strided or t.device.type != "cpu"]:
+    if odd := [n for n, t in weights.items() if not _is_dense(t)]:
         raise PackageError(f"{path}: {odd[0]} is not a dense tensor with values; save it as one")
     if broken := [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]:
         raise PackageError(f"{path}: {broken[0]} is not finite; the training diverged, or the file is corrupted")

@@ -92,10 +92,15 @@ def _read(path: Path, named: str, option: str) -> Package:
 def load_network(package: Package) -> nn.Module:
     """Return the package's network with its weights, float32 on the CPU, in evaluation mode and without gradients.
 
-    PackageError if the architecture is not known, or the weights cannot be read, do not match the card's hash, or do
-    not fit the card.
+    PackageError if the architecture is not known, or the weights cannot be read, do not match the card's hash, are not
+    finite, or do not fit the card.
     """
     tensors = load_tensors(package)
+    if broken := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+        # The network would find no nuclei, as if there were none.
+        raise PackageError(
+            f"package {package.path}: {broken[0]} holds values that are not finite; export or download it again"
+        )
     card, kind = package.card, architecture(package.card.architecture)
     if card.system != kind.system:
         raise PackageError(

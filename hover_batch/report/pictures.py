@@ -66,9 +66,11 @@ def reduced_picture(path: Path, max_side: int) -> str | None:
     image = cv2.imread(str(path), cv2.IMREAD_COLOR) if path.is_file() else None
     if image is None:
         return None
-    scale = max_side / max(image.shape[:2])
+    height, width = image.shape[:2]
+    scale = max_side / max(height, width)
     if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))  # the slide may be a thin strip
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     return data_uri(np.asarray(image, np.uint8), ".jpg")
 
 

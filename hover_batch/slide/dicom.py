@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hover_batch.errors import InputError, SlideError
 from hover_batch.files import is_dicom
+from hover_batch.formatting import listed
 
 if TYPE_CHECKING:
+    from pydicom import Dataset
     from wsidicom import WsiDicom
 
+_SOURCE = "SOPInstanceUIDOfConcatenationSource"
+_CONCATENATION = ("ConcatenationUID", "InConcatenationNumber", "InConcatenationTotalNumber", _SOURCE)
+"""Attributes of an instance that was split into several files, a concatenation (DICOM PS3.3, C.7.6.16.2.2.4)."""
 _NAMED = 3
 """Files of each slide that the message about several slides names."""
 
@@ -58,7 +63,7 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
     `folder`: folder with the DICOM instances of one slide.
 
     InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
-    or the instances have no pixel spacing. Other errors of wsidicom propagate.
+    the instances have no pixel spacing, or parts of a concatenation are missing. Other errors of wsidicom propagate.
     """
     slides = _slides_in(folder)
     if len(slides) > 1:
@@ -83,7 +88,10 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
 
 
 def _slides_in(folder: Path) -> list[str]:
-    """Describe each slide whose pixels are in the folder; labels and overview images are ignored."""
+    """Describe each slide whose pixels are in the folder; labels and overview images are ignored.
+
+    SlideError if there is none, an instance cannot be read, or parts of a concatenation are missing.
+    """
     files = sorted(filter(is_dicom, folder.iterdir()))
     if not files:
         raise SlideError(f"{folder}: holds no DICOM files; give a folder with the DICOM instances of one slide")
@@ -91,11 +99,12 @@ def _slides_in(folder: Path) -> list[str]:
     from pydicom.uid import VLWholeSlideMicroscopyImageStorage
 
     found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    concatenations: dict[str, list[Dataset]] = defaultdict(list)
     names = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
     for file in files:
         try:
             with quiet_wsidicom():
-                wanted = ["SOPClassUID", "ImageType", "ContainerIdentifier", *names]
+                wanted = ["SOPClassUID", "ImageType", "ContainerIdentifier", *names, *_CONCATENATION]
                 header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted)
         except Exception as error:  # pydicom raises exceptions of many kinds for broken files
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -103,7 +112,33 @@ def _slides_in(folder: Path) -> list[str]:
         if header.get("SOPClassUID") == VLWholeSlideMicroscopyImageStorage and "VOLUME" in header.get("ImageType", ()):
             identity = tuple(str(header.get(name, "")) for name in names)
             found[(str(header.get("ContainerIdentifier", "")), *identity)].append(file.name)
+            if "ConcatenationUID" in header:
+                concatenations[str(header.ConcatenationUID)].append(header)
+    for parts in concatenations.values():
+        _check_concatenation(folder, parts)
     return [
         f"{container or 'unnamed'}, series {series} ({', '.join(inside[:_NAMED])}{', …' * (len(inside) > _NAMED)})"
         for (container, _, series, _), inside in found.items()
     ]
+
+
+def _check_concatenation(folder: Path, parts: Sequence[Dataset]) -> None:
+    """Raise SlideError if files of a concatenation are missing, or cannot be joined.
+
+    wsidicom fills the tiles of missing files with white, and joins only files that name the instance that was split.
+
+    `folder`: for the message. `parts`: headers of the files.
+    """
+    numbers = {int(part.get("InConcatenationNumber") or 0) for part in parts}
+    # The total number is optional.
+    total = max(*numbers, *(int(part.get("InConcatenationTotalNumber") or 0) for part in parts))
+    if missing := [str(number) for number in range(1, total + 1) if number not in numbers]:
+        raise SlideError(
+            f"{folder}: a DICOM instance is split into {total} files, of which {listed(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; copy the whole slide"
+        )
+    if len({part.get(_SOURCE) for part in parts} - {None}) != 1:
+        raise SlideError(
+            f"{folder}: a DICOM instance is split into {len(parts)} files that do not name the same source instance "
+            f"({_SOURCE}), so that they cannot be joined; convert the slide to an OME-TIFF"
+        )

@@ -209,3 +209,13 @@ def test_pieces_below_a_size_are_not_counted():
     instances[6, 0] = 9
     assert pieces_of(instances).tolist() == [4, 1]
     assert pieces_of(instances, smallest=20).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("pages", [2, 3])
+def test_a_tiff_of_several_pages_is_refused(tmp_path: Path, pages: int) -> None:
+    """A stack of ids and classes, or the three channels of a picture, of which OpenCV would read the first."""
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((pages, 40, 40), np.uint8), photometric="minisblack")
+    with pytest.raises(InputError, match=f"a TIFF of {pages} pages"):
+        read_image(tmp_path / "x.tif")
+    with pytest.raises(InputError, match=f"a TIFF of {pages} pages"):
+        read_instances(tmp_path / "x.tif", (40, 40))

@@ -189,6 +189,8 @@ def _bad(kind: str, path: Path) -> None:
             torch.save({**weights, "d2.units.3.conv2.weight": torch.zeros(3)}, path)
         case "without values":
             torch.save({"desc": {"a": torch.ones(3, device="meta")}}, path)
+        case "repeated":
+            torch.save({"desc": {"a": torch.ones(1).expand(10**5, 10**5)}}, path)
         case "no size":
             torch.save(
                 {n: torch.ones(()) for n in ("encoder.patch_embed1.proj.weight", "segmentation_head.0.bias")}, path
@@ -217,6 +219,7 @@ def _bad(kind: str, path: Path) -> None:
         ("missing", "d2.units.3.conv2.weight"),
         ("shape", "d2.units.3.conv2.weight"),
         ("without values", "not a dense tensor"),
+        ("repeated", "not a dense tensor"),
         ("no size", "missing or has the wrong shape"),
         ("nan", "not finite"),
     ],

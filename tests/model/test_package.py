@@ -213,3 +213,13 @@ def test_an_encoder_that_would_be_downloaded_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, file, metadata={CARD_KEY: json.dumps(card.to_json())})
     with pytest.raises(PackageError, match="must be a name"):
         find_package(str(file))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])  # 1e6 is beyond float16, in which students are stored
+def test_weights_that_are_not_finite_are_refused(saved: Path, tmp_path: Path, value: float) -> None:
+    network = load_network(find_package(str(saved)))
+    name, weight = next(iter(network.state_dict().items()))
+    weight.view(-1)[0] = value
+    save_package(tmp_path / "odd.safetensors", network, CARD)
+    with pytest.raises(PackageError, match=f"{name} holds values that are not finite"):
+        load_network(find_package(str(tmp_path / "odd.safetensors")))

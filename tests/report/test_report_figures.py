@@ -19,7 +19,7 @@ from hover_batch.export.read import NucleiTable
 from hover_batch.geometry import Mpp, Size
 from hover_batch.report.charts import HEIGHT, WIDTH, histogram, nice_ceiling, strips
 from hover_batch.report.measure import CELLS, MEASURES, MIN_CELL_UM, Cells, Measure, Measured, measure
-from hover_batch.report.pictures import heatmaps
+from hover_batch.report.pictures import heatmaps, reduced_picture
 from hover_batch.slide.tissue import TissueMask
 from hover_batch.taxonomy import CONSEP
 
@@ -129,3 +129,8 @@ def test_a_mask_coarser_than_the_cells_leaves_no_gaps() -> None:
     measured = Measured(cells, {}, np.zeros((5, 8, 8), np.int64), np.empty((0, 2)))
     alpha = decoded(heatmaps(measured, CONSEP.nuclei, TissueMask(tissue, (200.0, 200.0)))[0].picture)[..., 3] > 0
     assert alpha.tolist() == np.repeat(np.repeat(tissue, 4, axis=0), 4, axis=1).tolist()
+
+
+def test_the_picture_of_a_thin_strip_stays_a_picture(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "strip.jpg"), np.full((2000, 1, 3), 90, np.uint8))
+    assert (reduced_picture(tmp_path / "strip.jpg", 480) or "").startswith("data:image/jpeg")

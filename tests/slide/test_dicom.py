@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from dicom_slide import write_dicom_slide
 from hover_batch.cohort.manifest import read_cohort
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import InputError, SlideError
-from hover_batch.geometry import Size
+from hover_batch.geometry import Grid, Size
 from hover_batch.slide.headers import peek
+from hover_batch.slide.reader import open_slide
 
 # wsidicom's DICOMweb client imports a name that pydicom 3 deprecates; nothing here calls it.
 pytestmark = pytest.mark.filterwarnings("ignore:get_frame_offsets is deprecated:DeprecationWarning")
@@ -68,6 +71,7 @@ from pathlib import Path
 from hover_batch.cohort.manifest import read_cohort
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.slide.headers import peek
+from hover_batch.slide.reader import open_slide
 from hover_batch.slide.reader import open_slide
 record = SlideRecord("s", Path({str(folder)!r}), 2)
 peek(record)
@@ -122,3 +126,52 @@ def test_grey_is_refused(tmp_path: Path) -> None:
     grey.save_as(folder / "a_level0.dcm")
     with pytest.raises(SlideError, match="pixels of 1 × 8 bits; 8-bit colour is needed"):
         peek(record(folder))
+
+
+def split_slide(folder: Path, numbers: Sequence[int], source: str | None = "1.2.3") -> Path:
+    """A sparsely tiled slide that is split into one file for each of its 3 × 2 tiles; only the files `numbers`."""
+    import pydicom
+    from pydicom.sequence import Sequence as Items
+
+    write_dicom_slide(folder, [np.full((256, 384, 3), 90, np.uint8)], 0.25, "a")
+    whole = pydicom.dcmread(folder / "level0.dcm")
+    (folder / "level0.dcm").unlink()
+    tile = len(whole.PixelData) // whole.NumberOfFrames
+    for number in numbers:
+        part = copy.deepcopy(whole)
+        part.SOPInstanceUID = part.file_meta.MediaStorageSOPInstanceUID = f"1.2.4.{number}"
+        part.ConcatenationUID, part.InConcatenationNumber = "1.2.5", number
+        part.InConcatenationTotalNumber, part.ConcatenationFrameOffsetNumber = 6, number - 1
+        if source:
+            part.SOPInstanceUIDOfConcatenationSource = source
+        part.DimensionOrganizationType, part.NumberOfFrames = "TILED_SPARSE", 1
+        frame, position, path = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+        position.XOffsetInSlideCoordinateSystem = position.YOffsetInSlideCoordinateSystem = "0"
+        position.ZOffsetInSlideCoordinateSystem = "0"
+        position.ColumnPositionInTotalImagePixelMatrix = (number - 1) % 3 * 128 + 1
+        position.RowPositionInTotalImagePixelMatrix = (number - 1) // 3 * 128 + 1
+        path.OpticalPathIdentifier = "0"
+        frame.PlanePositionSlideSequence, frame.OpticalPathIdentificationSequence = Items([position]), Items([path])
+        part.PerFrameFunctionalGroupsSequence = Items([frame])
+        part.PixelData = whole.PixelData[(number - 1) * tile : number * tile]
+        part.save_as(folder / f"{number}.dcm", enforce_file_format=True)
+    return folder
+
+
+def test_an_instance_in_several_files_is_read_as_a_whole(tmp_path: Path) -> None:
+    slide = record(split_slide(tmp_path / "s", range(1, 7)))
+    info = peek(slide)
+    with open_slide(slide) as reader:
+        pixels = reader.read(info.level0.box, Grid(info.level0, 1, 1, info.mpp, info.level0))
+    assert pixels.shape == (256, 384, 3) and (pixels == 90).all()
+
+
+@pytest.mark.parametrize(("numbers", "missing"), [((1, 2, 3), "4, 5, 6 are"), ((2, 3, 4, 5, 6), "1 is")])
+def test_a_missing_file_of_an_instance_is_no_white_area(tmp_path: Path, numbers: tuple[int, ...], missing: str) -> None:
+    with pytest.raises(SlideError, match=f"split into 6 files, of which {missing} missing; copy the whole slide"):
+        peek(record(split_slide(tmp_path / "s", numbers)))
+
+
+def test_files_of_an_instance_that_cannot_be_joined_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match="do not name the same source instance"):
+        peek(record(split_slide(tmp_path / "s", range(1, 7), source=None)))

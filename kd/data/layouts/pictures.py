@@ -124,10 +124,18 @@ def _read_labels(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.int32],
 def _read(path: Path, flags: int) -> NDArray[Any]:
     """Return the pixels as OpenCV reads them with `flags`. Raises InputError if it cannot read them as stored."""
     # OpenCV always rotates a TIFF according to its tag, even with IGNORE_ORIENTATION.
-    if path.suffix.lower() in (".tif", ".tiff") and (orientation := _tiff_orientation(path)) != UPRIGHT:
-        raise InputError(
-            f"{path}: a TIFF with the orientation tag {orientation}; save its stored pixels as a PNG without rotation"
-        )
+    if path.suffix.lower() in (".tif", ".tiff"):
+        pages, orientation = _tiff_pages(path)
+        if orientation != UPRIGHT:
+            raise InputError(
+                f"{path}: a TIFF with the orientation tag {orientation}; save its stored pixels as a PNG without "
+                "rotation"
+            )
+        if pages > 1:  # OpenCV would read the first
+            raise InputError(
+                f"{path}: a TIFF of {pages} pages, such as channels or a stack; save the right one, or an image in "
+                "colour, as a PNG"
+            )
     try:
         # imread prints a warning of its own for a missing file, and fills up a truncated JPEG with grey.
         pixels = cv2.imdecode(np.fromfile(path, np.uint8), flags) if path.is_file() else None  # a pipe would never end
@@ -140,11 +148,15 @@ def _read(path: Path, flags: int) -> NDArray[Any]:
     return np.asarray(pixels)
 
 
-def _tiff_orientation(path: Path) -> int:
-    """Return the orientation tag of the first page; UPRIGHT if there is no tag or the file is not a TIFF."""
+def _tiff_pages(path: Path) -> tuple[int, int]:
+    """Return the number of pages, and the orientation tag of the first; 1 and UPRIGHT if the file is not a TIFF.
+
+    Thumbnails and lower resolutions do not count. The orientation is UPRIGHT if there is no tag.
+    """
     try:
         with tifffile.TiffFile(path) as file:
             tag = file.pages.first.tags.get("Orientation")
+            pages = sum(not getattr(page, "is_reduced", False) for page in file.pages)
     except (OSError, tifffile.TiffFileError):
-        return UPRIGHT
-    return UPRIGHT if tag is None else int(tag.value)
+        return 1, UPRIGHT
+    return pages, UPRIGHT if tag is None else int(tag.value)
