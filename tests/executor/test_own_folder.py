@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from hover_batch.errors import InputError
 from hover_batch.executor import cluster
@@ -65,6 +66,7 @@ def test_a_start_that_always_fails_is_no_internal_error(tmp_path: Path, monkeypa
         raise Exception("the node did not answer\nmore")
 
     monkeypatch.setattr(cluster, "_init", fail)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # it would end the cluster of the other tests
     monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
     warnings: list[str] = []
     message = r"did not start on this machine in 3 attempts \(the node did not answer\); .* use --backend local"
