@@ -265,7 +265,7 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
 
 
 class Model:
-    """Network that is ready to predict images in memory; make it with `load_model`.
+    """Network that is ready to be run on images in memory; make it with `load_model`.
 
     Images must have a pixel size of `card.mpp` µm. `sha256`: hash of the model's package.
     """

@@ -62,9 +62,9 @@ class UnitsMissing(Exception):
 def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     """Return whether the unit's maps are stored and intact: its marker exists and has the checksum of its shard.
 
-    On a checksum mismatch, the shard, its marker, and the post-processed parts that may have used it are removed, so
-    that they are made again, and the result is False. Without a marker, the result is False and nothing is removed.
-    Call this only while nothing writes to the slide.
+    On a checksum mismatch, the shard, its marker, and the post-processed parts that may have used it are removed, and
+    the result is False; the caller must then predict the unit again. Without a marker, the result is False and nothing
+    is removed. Call this only while nothing writes to the slide.
 
     `work`: slide of the unit. `store`: store of the slide.
 

@@ -80,7 +80,7 @@ class SlideWork:
 
     @property
     def maps(self) -> SlideLayout:
-        """Paths of the prediction store and the markers: those of this run, or of the run that stored the maps.
+        """Paths of the prediction store and the markers, in this run or in the run that stored the maps.
 
         Files of the other run must not be changed.
         """

@@ -164,7 +164,7 @@ class SlideLayout:
 
     @property
     def overlay_jpg(self) -> Path:
-        """JPEG picture of the slide's field with the most nuclei, with their contours."""
+        """JPEG picture of the slide's field with the most nuclei; their contours are drawn on it."""
         return self.folder / "overlay.jpg"
 
     @property
@@ -196,7 +196,8 @@ class SlideLayout:
     def kept(self) -> tuple[Path, ...]:
         """Paths of the slide's results that a user keeps, files or folders, slide.json last.
 
-        Working files, such as markers and the prediction store, are not among them.
+        Not included are working files, such as markers and the prediction store, and the results of --stop-at,
+        sampled_nuclei.parquet and estimate.json.
         """
         return (
             self.nuclei_parquet,
@@ -237,7 +238,7 @@ class SlideLayout:
 
 @dataclass(frozen=True)
 class SampleLayout(SlideLayout):
-    """Paths of one slide's results whose markers, parts and predictions are those of clusters, not of units."""
+    """Paths of one slide's results, with the markers, parts and predictions of clusters instead of units."""
 
     @property
     def working(self) -> Path:
@@ -363,7 +364,10 @@ class RunLayout:
 
     @property
     def kept(self) -> tuple[Path, ...]:
-        """Paths of the results of the whole run that a user keeps, files or folders."""
+        """Paths of the results of the whole run that a user keeps, files or folders.
+
+        The folders of the slides, the logs and the example are not included.
+        """
         return (
             self.run_json,
             self.settings_toml,

@@ -95,7 +95,10 @@ class BucketStorage:
         self.remove([name for name in others if retried(partial(self._folder.modified, name)) < limit])
 
     def holds(self, names: Collection[str]) -> bool:
-        """Return whether all files in `names`, which are relative to the data set, exist in the bucket."""
+        """Return whether all files in `names`, which are relative to the data set, exist in the bucket.
+
+        The answer comes from the list that `sweep` made and later changes through this object; the bucket is not asked.
+        """
         return self._files.issuperset(names)
 
     def fetch(self, names: Collection[str]) -> list[Path]:

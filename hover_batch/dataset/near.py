@@ -46,7 +46,8 @@ class NearQuestion:
     """Question for the share of the nuclei of class `of` that have one of class `to` at most `within` µm away.
 
     `by`: column of the slides or the clinical table; the answer has a row for each of its values. If both classes are
-    the same, a nucleus is not near itself. InputError if there is no such column or class, or `within` is not positive.
+    the same, a nucleus is not near itself. InputError if there is no such column or class, or `within` is not above 0
+    and at most 10,000.
     """
 
     def __init__(self, subject: Subject, of: str, to: str, within: float, by: str) -> None:

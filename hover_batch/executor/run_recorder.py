@@ -49,8 +49,8 @@ class RunRecorder:
     def log_event(self, event: str, **values: Any) -> None:
         """Append an event to the run's log, events.jsonl; it is dropped if the disk is full.
 
-        `event`: name of the event. `values`: its JSON values by name. OSError if the log cannot be written for another
-        reason.
+        `event`: name of the event. `values`: its JSON values by name. OSError if the log cannot be written although the
+        disk is not full.
         """
         self._ledger.events.append(event, **values)
 
@@ -234,7 +234,7 @@ class RunRecorder:
             discard_predictions(slide)
 
     def withdraw(self, slide: PlannedSlide) -> None:
-        """Remove the tiles and regions of `slide` that are not done from the progress.
+        """Subtract the tiles and regions of `slide` that are not done from the totals of the progress.
 
         Call it if the slide has failed or will start again.
         """

@@ -202,8 +202,8 @@ class SlideState:
         """Schedule a retry of a task that did not find the results of some units, and return None.
 
         A region waits for those of the units that are not predicted yet. In other cases, the results should exist, but
-        the file system may not show them yet: the task is retried RETRY_S seconds after `now`. After
-        MAX_TIMES[Verdict.RETRY] such faults, return the error with which the slide must fail.
+        the file system may not show them yet: the task is retried RETRY_S seconds after `now`. At the fault number
+        MAX_TIMES[Verdict.RETRY], return the error with which the slide must fail.
 
         `task`: the task. `unit_cells`: (column, row) in the unit grid of each unit whose results are missing. `now`:
         time in seconds.
@@ -292,7 +292,8 @@ class OpenSlides:
         """Yield the tasks to submit now, except those of units, and remove them from the queues.
 
         Tasks whose retry is due are queued first. Surveys and finalizations come before regions, since a finalization
-        ends a slide. In both groups, the tasks of the oldest slide come first.
+        ends a slide. In both groups, the tasks of the oldest slide come first. The survey and the finalization of a
+        slide on hold wait; its regions do not.
 
         `running`: number of tasks in progress, by stage. `max_surveys`: maximum number of surveys in progress.
         `max_posts`: maximum number of regions and finalizations in progress. `now`: time in seconds.

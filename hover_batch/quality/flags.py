@@ -210,8 +210,8 @@ RULES = (
 def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag, ...]]:
     """Return the flags of each slide of a cohort, by slide_id; an empty tuple for a slide without flags.
 
-    A measure of a slide is compared with those of the other slides if at least MIN_COHORT slides have it. Measures that
-    are missing in slide.json, because an older version wrote it, give no flags.
+    A measure of a slide is also compared with the median of the cohort if at least MIN_COHORT slides have it. Measures
+    that are missing in slide.json, because an older version wrote it, give no flags.
 
     `slides`: content of slide.json by slide_id.
     """

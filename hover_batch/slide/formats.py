@@ -131,12 +131,13 @@ def is_ome(path: Path) -> bool:
 def ome_tiff_header(path: Path) -> Header:
     """Return the header of the OME-TIFF at `path`, which describes the largest of its images.
 
-    The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. Separate channels without
-    names count as red, green and blue, with a warning.
+    The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. If the XML gives several
+    pixel sizes for images of this size, the header has none, and gives the reason. Separate channels without names
+    count as red, green and blue, with a warning.
 
     SlideError if the largest image is in another file, is not one complete plane of 8-bit RGB, has other axes than the
-    first image, or has separate channels with names other than Red, Green, Blue (or R, G, B) in this order. SlideError,
-    too, if another image in the file has more than half of its pixels. Errors of tifffile and the XML parser propagate.
+    first image, or has separate channels with names other than Red, Green, Blue (or R, G, B) in this order, or if
+    another image in the file has more than half of its pixels. Errors of tifffile and the XML parser propagate.
     """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
@@ -264,9 +265,8 @@ def open_picture(path: Path) -> Image.Image:
     are suppressed.
 
     SlideError if the file has another format or mode, 16 bits per channel, more than MAX_PICTURE_PIXELS pixels, or an
-    orientation tag by which programs turn or flip the picture. SlideError, too, if it is a TIFF that Pillow would read
-    wrongly or not at all, for example because it is truncated (see `check_for_pillow`). OSError if the file cannot be
-    read.
+    orientation tag by which programs turn or flip the picture, or is a TIFF that Pillow would read wrongly or not at
+    all, for example because it is truncated (see `check_for_pillow`). OSError if the file cannot be read.
     """
     if (tiff := open_tiff(path)) is not None:
         with tiff:

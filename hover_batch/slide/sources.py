@@ -191,7 +191,7 @@ class DicomSource:
 class PictureSource:
     """Source for a PNG, JPEG or plain TIFF at `path`, decoded into memory, with one level.
 
-    SlideError if its format or its number of pixels is not supported. Errors of Pillow propagate.
+    SlideError if the picture is not supported (see `open_picture`). Errors of Pillow propagate.
     """
 
     def __init__(self, path: Path) -> None:
