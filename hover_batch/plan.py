@@ -103,9 +103,9 @@ class Plan:
     def lines(self, settings: Settings, card: Card) -> list[str]:
         """Return the plan as lines of text for the user.
 
-        The numbers of tiles and pixels are upper bounds, since tissue is found only during the run: they are those of
-        whole canvases, or of the masks that the cohort gives. Disk space and time are estimated from them. Slides in
-        cloud storage are listed, but their tiles and pixels are not counted.
+        The numbers of tiles and pixels are upper bounds, since tissue is found only during the run: they count the
+        whole canvas of each slide, or the mask that the cohort gives for it. Disk space and time are estimated from
+        them. Slides in cloud storage are listed, but their tiles and pixels are not counted.
 
         `settings`: settings of the run. `card`: card of the model.
         """

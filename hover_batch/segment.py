@@ -327,9 +327,9 @@ def _resolved(where: Path | Url) -> Path | str:
 def add_to_dataset(outcome: Outcome, dataset: Path | Url, log_format: LogFormat) -> int:
     """Add the finished slides of a run to a data set, and return the exit code of the command.
 
-    The code is that of the run, but at least 3 if a slide was skipped or the data set cannot be written. In the latter
-    case, no error is raised, and a message says how to add the slides later. If no slide is finished, the data set is
-    not touched.
+    It is the exit code of the run, but at least 3 if a slide was skipped or the data set cannot be used. If the data
+    set cannot be used, no error is raised, and a message says how to add the slides later. If no slide is finished, the
+    data set is not touched.
 
     `outcome`: outcome of the run. `dataset`: folder or URL of the data set. `log_format`: format of the messages, which
     go to stderr.

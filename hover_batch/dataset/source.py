@@ -175,7 +175,8 @@ class RunSource:
     def file_metadata(self, taxonomy: Taxonomy) -> dict[str, Any]:
         """Return what files of nuclei have as `hover_batch` in their metadata, as JSON values.
 
-        The keys are `schema_version`, `taxonomy` and `model` (`id` and `sha256`). `taxonomy`: classes of the nuclei.
+        The keys are `schema_version`, `taxonomy` (see `Taxonomy.to_json`) and `model` (an object with `id` and
+        `sha256`). `taxonomy`: classes of the nuclei.
         """
         return {
             "schema_version": SCHEMA_VERSION,

@@ -73,9 +73,9 @@ def map_tasks(
 
     A failed task does not stop the others. With `backend` "local", the items are processed in this process, in order.
     Otherwise they are processed on the cluster that `task_resources` started or joined, and yielded in the order in
-    which they end. Function, items and results must then be picklable. A task whose process dies is started again. It
-    fails after MAX_STRIKES (2) deaths, or, if a lost node was the last cause, after MAX_TIMES[NODE_LOST] (5) deaths in
-    all.
+    which they end. Function, items and results must then be picklable. A task whose process dies is started again,
+    unless it has already been started MAX_STRIKES (2) times or, if its node was lost, MAX_TIMES[NODE_LOST] (5) times.
+    Then it fails.
 
     `function`: function of one item; its exceptions are yielded as TaskFailed. `items`: items to process. They are
     taken only as tasks start, so they may be endless; exceptions of their iterator propagate.

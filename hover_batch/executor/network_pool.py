@@ -189,8 +189,8 @@ class NetworkPool:
     def report_dead(self) -> bool:
         """Kill the unreachable networks that count as dead by now, and report each. Return whether there were any.
 
-        A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. It is reported
-        by calling the function that was given to `handle_failure`, whose errors propagate.
+        A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. To report it,
+        the function that was given to `handle_failure` is called; its errors propagate.
         """
         unreachable, self._unreachable = self._unreachable, []
         for network, error, report in unreachable:

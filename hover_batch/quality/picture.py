@@ -25,8 +25,8 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
     - `ink`: share of all pixels that have the colour of a pen (blue, green, red or black) and lie in spots of at least
       3 × 3 such pixels. Black pixels are scanned, have R, G and B below 60, and differ by less than 12 between
       channels.
-    - `brown`: share of the stained pixels that absorb more blue than green and red, as DAB does; 0 if no pixel is
-      stained.
+    - `brown`: share of the stained pixels that absorb more blue than red, and over 10 % more blue than green, as DAB
+      does; 0 if no pixel is stained.
     - `chroma`: 95th percentile over the scanned pixels of the largest of R, G and B minus the smallest (0 to 255); 0 if
       no pixel was scanned.
     - `dark`: share of all pixels whose R, G and B are below 200, including those that were not scanned.

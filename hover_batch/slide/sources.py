@@ -112,6 +112,8 @@ class OpenSlideSource:
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
 
+        In a level whose downsample is not a whole number, pixels may be shifted by up to half a level-0 pixel.
+
         `level`: index in `levels`. `box`: in pixels of that level; it must lie inside the level.
 
         Errors of OpenSlide propagate.
@@ -190,6 +192,8 @@ class DicomSource:
 
 class PictureSource:
     """Source for a PNG, JPEG or plain TIFF at `path`, decoded into memory, with one level.
+
+    Transparent parts become white.
 
     SlideError if the picture is not supported (see `open_picture`). Errors of Pillow propagate.
     """
