@@ -60,7 +60,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     Cells are separated by commas, semicolons or tabs. White space and invisible characters around them are removed.
     Rows without a filled cell are skipped. The content of cells is not checked.
 
-    InputError if the file is empty, is not UTF-8 or not CSV, has no column path, has two columns of the same name, or
+    InputError if the file is empty, is not UTF-8 or not CSV, has no column path, has two columns that mean the same, or
     has no rows; OSError if it cannot be read.
     """
     lines = _csv_records(path)

@@ -191,7 +191,7 @@ class Ledger:
         return run
 
     def clear(self) -> None:
-        """Remove the results of the run and of all its slides. The lock, the example and files that no run writes stay.
+        """Remove the results of the run and of all its slides. The lock, the example and unknown files stay.
 
         run.json stays until `start` replaces it, in case of an interruption. OSError if a file cannot be removed.
         """

@@ -170,7 +170,7 @@ class RunLog:
         """Rate of prediction in tiles per second, over the last RATE_WINDOW_S seconds before the last unit was done.
 
         None if the log has no start, or no tile was predicted in this time. Also None if an older version wrote the
-        log, because it has no numbers of tiles then.
+        log, because such a log has no numbers of tiles.
         """
         return self._tiles.rate if self._tiles else None
 

@@ -202,8 +202,8 @@ class SlideState:
         """Schedule a retry of a task that did not find the results of some units, and return None.
 
         A region waits for those of the units that are not predicted yet. In other cases, the results should exist, but
-        the file system may not show them yet: the task is retried RETRY_S seconds after `now`. At the fault number
-        MAX_TIMES[Verdict.RETRY], return the error with which the slide must fail.
+        the file system may not show them yet: the task is retried RETRY_S seconds after `now`. Instead of the retry
+        number MAX_TIMES[Verdict.RETRY], return the error with which the slide must fail.
 
         `task`: the task. `unit_cells`: (column, row) in the unit grid of each unit whose results are missing. `now`:
         time in seconds.

@@ -264,9 +264,9 @@ def open_picture(path: Path) -> Image.Image:
     The picture's mode is 1 (bilevel), L, LA, P, RGB, RGBA, CMYK or YCbCr. Pillow's warnings about corrupted EXIF data
     are suppressed.
 
-    SlideError if the file has another format or mode, 16 bits per channel, more than MAX_PICTURE_PIXELS pixels, or an
-    orientation tag by which programs turn or flip the picture, or is a TIFF that Pillow would read wrongly or not at
-    all, for example because it is truncated (see `check_for_pillow`). OSError if the file cannot be read.
+    SlideError if the file has another format or mode, 16 bits per channel, more than MAX_PICTURE_PIXELS pixels, an
+    orientation tag by which programs turn or flip the picture, or a TIFF structure that Pillow would read wrongly or
+    not at all, for example because the file is truncated (see `check_for_pillow`). OSError if the file cannot be read.
     """
     if (tiff := open_tiff(path)) is not None:
         with tiff:

@@ -63,7 +63,7 @@ def tiles_near(grid: Grid, mask: TissueMask, tile_side: int) -> NDArray[np.bool_
 def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple[Unit, ...]:
     """Return the units with at least one tile within TISSUE_REACH inference pixels of tissue, in raster order.
 
-    Of its tiles, a unit contains only the ones that are that near. The choice of tiles does not depend on `unit`.
+    Tiles further from tissue are left out of their unit. The choice of tiles does not depend on `unit`.
 
     `grid`: inference grid of the slide. `mask`: tissue of the slide. `unit`: side of a unit in inference pixels.
     `tile_side`: side of a tile's output without its margins, in inference pixels.

@@ -165,8 +165,9 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
 
 
 def read_given_mask(path: Path, info: SlideInfo) -> TissueMask:
-    """Return the mask that the cohort gives in the file `path` for the slide of `info`. Errors of `given_mask`
-    propagate.
+    """Return the mask that the cohort gives in the file `path` for the slide of `info`.
+
+    Errors of `given_mask` propagate.
     """
     array = given_mask(path, info.level0, info.bounds, _mask_scale(info.level0, info.mpp, GIVEN_MPP))
     return TissueMask(array, (info.level0.width / array.shape[1], info.level0.height / array.shape[0]), given=True)
