@@ -302,7 +302,7 @@ class Model:
         """Return the instance map (y, x) int32 of an image, 0 = background, and the table of its nuclei.
 
         The table has the columns of `load_nuclei`, with positions in pixels of the image, and `nucleus_id`, the
-        nucleus's number 1 … n in the instance map. The result is that of a run with default settings.
+        nucleus's number 1 … n in the instance map. Post-processing uses the default settings of a run.
 
         `rgb`: (y, x, 3) uint8 RGB of any size, with pixels of `card.mpp` µm.
 

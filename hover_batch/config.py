@@ -207,7 +207,7 @@ class Settings:
     """Settings of execution."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as plain values, as in settings.toml.
+        """Return all settings as the plain values that settings.toml contains.
 
         The keys are `model` and the names of the sections; each section is a dictionary of values by name.
         """

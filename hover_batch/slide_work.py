@@ -88,7 +88,7 @@ class SlideWork:
 
     @property
     def taxonomy(self) -> Taxonomy:
-        """Classes of the tables: those of the model, merged by the class map if there is one."""
+        """Classes of the tables: the model's classes, merged by the class map if there is one."""
         return self.card.taxonomy.merged(self.settings.post.class_map)[0]
 
     @property

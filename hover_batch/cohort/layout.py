@@ -79,7 +79,7 @@ ALIASES = {
 class SlideLayout:
     """Paths of one slide's results, whether or not they exist.
 
-    InputError if the slide_id cannot name a folder, so that no path leaves the run's folder.
+    No path leaves the run's folder: InputError if the slide_id cannot name a folder.
     """
 
     root: Path

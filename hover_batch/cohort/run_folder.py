@@ -75,7 +75,7 @@ def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
 
     `layout`: paths of the run.
 
-    InputError if the file is corrupted or was edited so that it is invalid, OSError if it cannot be read.
+    InputError if the file is corrupted, or invalid after an edit, OSError if it cannot be read.
     """
     content = read_file(layout.slides_csv)
     if content is None:
@@ -116,7 +116,7 @@ def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
 
     `layout`: paths of the run.
 
-    InputError if slides.csv is corrupted or was edited so that it is invalid, OSError if it cannot be read.
+    InputError if slides.csv is corrupted, or invalid after an edit, OSError if it cannot be read.
     """
     return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
 

@@ -64,7 +64,7 @@ class RunRecorder:
         self._failed(record, Stage.OPEN, reason)
 
     def skip_done(self, slide: PlannedSlide) -> bool:
-        """Return whether an earlier start with the same run key finished the slide, so that it is skipped.
+        """Return whether to skip the slide, because an earlier start with the same run key finished it.
 
         If so, count it as finished, call `on_done`, and remove the files of its sample and, if the settings say so, its
         predictions. With --stop-at, a slide whose density is already estimated precisely enough counts as finished,
@@ -84,7 +84,7 @@ class RunRecorder:
         return True
 
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
-        """Return whether an earlier start with the same run key quarantined the slide, so that it is skipped.
+        """Return whether to skip the slide, because an earlier start with the same run key quarantined it.
 
         If so, record it as failed. `retry`: if True, end the quarantine instead and return False.
 

@@ -17,7 +17,7 @@ _PADDING = 3
 def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, float]:
     """Return the measures `ink`, `brown`, `chroma` and `dark` of a thumbnail, by name.
 
-    Thumbnails with pixels finer than 4 µm are first reduced to 4 µm per pixel, and the measures are those of the
+    Thumbnails with pixels finer than 4 µm are first reduced to 4 µm per pixel, and the measures are taken of the
     reduced thumbnail. Pixels whose R, G and B are all at most 3 count as not scanned. Stained pixels are scanned, have
     an optical density above 0.2 in at least one channel, and differ by more than 20 between channels. Shares are from 0
     to 1.

@@ -60,8 +60,8 @@ class Header:
 def openslide_header(path: Path) -> Header:
     """Return the header of the file at `path`, which OpenSlide opens.
 
-    The pixel size is the one that OpenSlide reports. If it reports none and opens the file as generic-tiff, that of the
-    resolution tags is used. An Aperio slide that is smaller than its header says gets a warning.
+    The pixel size is the one that OpenSlide reports. If it reports none and opens the file as generic-tiff, the size in
+    the resolution tags is used. An Aperio slide that is smaller than its header says gets a warning.
 
     SlideError if the file is a TIFF that OpenSlide would read wrongly or not at all, for example because it is
     truncated (see `check_for_openslide`). Errors of OpenSlide and tifffile propagate.
@@ -240,7 +240,7 @@ def dicom_header(path: Path) -> Header:
 def picture_header(path: Path) -> Header:
     """Return the header of the plain picture (PNG, JPEG or TIFF) at `path`, which has one level.
 
-    The pixel size of a TIFF is that of its resolution tags. The resolution of a PNG or JPEG is not used, since most
+    The pixel size of a TIFF comes from its resolution tags. The resolution of a PNG or JPEG is not used, since most
     programs write any value; the header says so.
 
     SlideError if the picture is not supported (see `open_picture`), OSError if it cannot be read.

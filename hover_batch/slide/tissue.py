@@ -117,9 +117,9 @@ class TissueMask:
         """Write the outline to `path` as a GeoJSON FeatureCollection for QuPath; an existing file is replaced.
 
         It has one annotation of the class Tissue, or none if there is no tissue. Positions are in level-0 pixels from
-        the corner of `bounds`, as in the QuPath export of nuclei.
+        the corner of `bounds`, as the QuPath export of nuclei writes them.
 
-        `bounds`: the slide's non-empty region in level-0 pixels; None if it has none, so that positions start at the
+        `bounds`: the slide's non-empty region in level-0 pixels; None if it has none; positions then start at the
         corner of the canvas.
 
         OSError if the file cannot be written.
