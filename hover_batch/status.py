@@ -131,7 +131,10 @@ class RunStatus:
         return None
 
     def lines(self) -> list[str]:
-        """Return the progress of the run as lines of text, as `hover-batch status` prints them."""
+        """Return the progress of the run as lines of text, as `hover-batch status` prints them.
+
+        Of the slides in progress, the estimates and the failures, the first LISTED (10) each are listed.
+        """
         begun = f", begun {_clock(self.created)}" if self.created else ""
         lines = [f"{self.layout.root}: model {self.model}{begun}", f"running: {self._running()}"]
         if self.log.disk_full and self.is_running is not False:

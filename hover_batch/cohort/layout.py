@@ -266,7 +266,7 @@ class SampleLayout(SlideLayout):
         return self.working / "clusters.json"
 
     def look_json(self, look: int) -> Path:
-        """Return the path of the file with the densities that are estimated after a further batch of clusters, a look.
+        """Return the path of the file with the densities that are estimated at a look, after a batch of clusters.
 
         `look`: number of the look, from 0; the names of the files count from 1.
         """

@@ -252,9 +252,9 @@ class Ledger:
     def is_estimated(self, slide_id: str, key: str, of: str, stop_at: float) -> bool:
         """Return whether the slide's density is estimated precisely enough, and the table of its clusters exists.
 
-        estimate.json must have the run key `key`, and be for the density `of` (`nuclei` or a class) with `stop_at` (a
-        fraction) or less; slide.json must not exist. If True, the slide counts as done in the log's last event. OSError
-        if a file cannot be read.
+        estimate.json must be for the run key `key` and the density `of` (`nuclei` or a class), with --stop-at at most
+        `stop_at`; no slide.json may exist. If True, the slide counts as done in the log's last event. OSError if a file
+        cannot be read.
         """
         slide = self.layout.slide(slide_id)
         stored = estimate_of(slide)
@@ -344,8 +344,8 @@ class Ledger:
     def write_slides(self, records: Sequence[SlideRecord]) -> None:
         """Write slides.csv: the cohort's columns, extra ones included, and the row and status of each slide.
 
-        The status is done, estimated (from a part of the slide), failed (since the last start), begun (its folder has
-        unfinished work) or pending. OSError if slides.csv cannot be written or a slide's files cannot be read.
+        The status is the first that applies of failed (since the last start), estimated (from a part of it), done,
+        begun (unfinished work exists) and pending. OSError if slides.csv cannot be written or a file cannot be read.
         """
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]

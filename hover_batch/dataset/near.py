@@ -77,7 +77,8 @@ class NearQuestion:
         """Return the answer as a DuckDB relation, with one row for each value of the column `by`.
 
         Its columns are that column, `slides` (number of slides), `nuclei` (number of nuclei of the class `of`), `near`
-        (number of those with a neighbour) and `share` (near / nuclei; NULL without nuclei).
+        (how many of them have a nucleus of the class `to` within the distance) and `share` (near / nuclei; NULL without
+        nuclei).
 
         The files are read one after the other, so that memory holds the positions of one slide, or of the small slides
         that share a file. The connection's temporary table `near` is replaced.

@@ -54,9 +54,10 @@ class OpenBackend:
 def resolve_here(settings: Settings, card: Card) -> Settings:
     """Return the settings with device, precision, runtime and batch size `auto` resolved for this machine.
 
-    On the CPU, an `auto` batch size is resolved, too; on a GPU, AUTO_BATCH remains (see `OpenBackend.auto_batch`). For
-    a cluster, only device `auto` is resolved here, to cpu, if no GPUs are to be used or the runtime is openvino;
-    `open_backend` resolves the rest on the cluster.
+    If only torch can run the network, runtime `auto` becomes torch. If no GPUs are to be used or the runtime is
+    openvino, device `auto` becomes cpu. For a cluster, nothing else is resolved here; `open_backend` resolves the rest
+    on the cluster. On the CPU, an `auto` batch size is resolved, too; on a GPU, AUTO_BATCH remains (see
+    `OpenBackend.auto_batch`).
 
     `card`: card of the network.
 

@@ -46,7 +46,8 @@ class DiskSpace:
         If the run is paused already, nothing happens.
 
         `slide_id`: slide that was being written; None if there is none. `error`: error of the write. A ScratchFull
-        names the folder for copies whose disk is full; for other errors, the disk of `folder` is full.
+        names the folder for copies whose disk is full; for other errors, the disk of `folder` is full. If the folder
+        for copies does not exist on this machine, `available` checks `folder` instead.
         """
         if self.full:
             return

@@ -67,8 +67,8 @@ class RunRecorder:
         """Return whether to skip the slide, because an earlier start with the same run key finished it.
 
         If so, count it as finished, call `on_done`, and remove the files of its sample and, if the settings say so, its
-        predictions. With --stop-at, a slide whose density is already estimated precisely enough counts as finished,
-        too; its files stay, and `on_done` is not called.
+        predictions. With --stop-at, also skip a slide whose density is already estimated precisely enough: count it as
+        finished, keep its files and do not call `on_done`.
 
         OSError if a file cannot be read or removed. Errors of `on_done` propagate.
         """
@@ -103,7 +103,7 @@ class RunRecorder:
         return True
 
     def was_begun(self, slide: PlannedSlide) -> bool:
-        """Return whether an earlier start of the run has begun `slide`; True if the slide's folder exists."""
+        """Return whether the folder of `slide` exists, which means that an earlier start of the run has begun it."""
         return self._ledger.layout.slide(slide.record.slide_id).folder.exists()
 
     def begin(self, slide: PlannedSlide) -> SlideLayout:

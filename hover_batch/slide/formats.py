@@ -61,7 +61,8 @@ def openslide_header(path: Path) -> Header:
     """Return the header of the file at `path`, which OpenSlide opens.
 
     The pixel size is the one that OpenSlide reports. If it reports none and opens the file as generic-tiff, the size in
-    the resolution tags is used. An Aperio slide that is smaller than its header says gets a warning.
+    the resolution tags is used. An Aperio slide that is smaller than its header says, with the same aspect ratio, gets
+    a warning, because it was probably reduced after the scan.
 
     SlideError if the file is a TIFF that OpenSlide would read wrongly or not at all, for example because it is
     truncated (see `check_for_openslide`). Errors of OpenSlide and tifffile propagate.
@@ -215,8 +216,8 @@ def _ome_size(pixels: Mapping[str, str]) -> StatedSize:
 def dicom_header(path: Path) -> Header:
     """Return the header of the slide in the DICOM folder `path`.
 
-    The pixel size is the pixel spacing of the largest level. Python warnings are suppressed in the whole process
-    meanwhile (see `quiet_wsidicom`).
+    The pixel size is the pixel spacing of the largest level. While the folder is read, Python warnings are suppressed
+    in the whole process (see `quiet_wsidicom`).
 
     InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
     the instances have no pixel spacing, or the pixels are not RGB with 8 bits per channel. Other errors of wsidicom
@@ -241,7 +242,7 @@ def picture_header(path: Path) -> Header:
     """Return the header of the plain picture (PNG, JPEG or TIFF) at `path`, which has one level.
 
     The pixel size of a TIFF comes from its resolution tags. The resolution of a PNG or JPEG is not used, since most
-    programs write any value; the header says so.
+    programs write any value; `size.unusable` of the header says so.
 
     SlideError if the picture is not supported (see `open_picture`), OSError if it cannot be read.
     """

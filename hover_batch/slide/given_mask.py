@@ -47,8 +47,8 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
 
     InputError if the mask cannot be read or has no tissue on the slide, or if a PNG has an orientation tag that turns
     it, an ambiguous palette, or more than MAX_PICTURE_PIXELS pixels. For a slide with bounds, also InputError if more
-    than 1 % of the polygons' area lies outside of them, or a PNG fits neither the bounds nor the canvas, or fits both.
-    Without bounds, a PNG of another aspect ratio is stretched.
+    than 1 % of the polygons' area lies outside of them, or a PNG has the aspect ratio of neither the bounds nor the
+    canvas, or of both but the size of neither. Without bounds, a PNG of another aspect ratio is stretched.
     """
     if _is_png(path):
         picture = _read_png(path)

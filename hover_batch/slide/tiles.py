@@ -48,9 +48,12 @@ class Unit:
 
 
 def tiles_near(grid: Grid, mask: TissueMask, tile_side: int) -> NDArray[np.bool_]:
-    """Return a bool array (row, column) of the tiles that cover the slide: whether tissue is within TISSUE_REACH.
+    """Return, for each tile that covers the slide, whether tissue is within TISSUE_REACH inference pixels of it.
 
-    `tile_side`: side in inference pixels of a tile's output without its margins.
+    The result is a bool array (row, column).
+
+    `grid`: inference grid of the slide. `mask`: tissue of the slide. `tile_side`: side in inference pixels of a tile's
+    output without its margins.
     """
     columns, rows = -(-grid.size.width // tile_side), -(-grid.size.height // tile_side)
     return mask.meets_product(

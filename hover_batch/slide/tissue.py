@@ -119,7 +119,7 @@ class TissueMask:
         It has one annotation of the class Tissue, or none if there is no tissue. Positions are in level-0 pixels from
         the corner of `bounds`, as the QuPath export of nuclei writes them.
 
-        `bounds`: the slide's non-empty region in level-0 pixels; None if it has none; positions then start at the
+        `bounds`: the slide's non-empty region in level-0 pixels; None if it has none. Positions then start at the
         corner of the canvas.
 
         OSError if the file cannot be written.
