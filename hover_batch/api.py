@@ -1,4 +1,4 @@
-"""Python API: segment a slide, load its table and its maps, and predict images in memory."""
+"""Python API: segment a slide, load its table and its maps, and run a model on images in memory."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def infer(
     store: PredictionStore,
     advance: Callable[[int], None],
 ) -> Seconds:
-    """Predict a unit's tiles and write its shard, then its marker. Return the seconds by stage.
+    """Run the network on a unit's tiles, and write its shard, then its marker. Return the seconds by stage.
 
     If there is a shard without a marker, from a process that was killed in between, only the marker is written. Tiles
     already predicted for an earlier estimate of the slide (--stop-at) are copied instead of predicted again. If the

@@ -237,7 +237,7 @@ class Ledger:
         """Return whether the slide is finished: slide.json has the run key `key`, and the table has the recorded size.
 
         If so, the slide counts as done from now on, in slides.csv and in the log's last event. If no size is recorded,
-        the table only has to exist. Its checksum is not compared, to save minutes. OSError if a file cannot be read.
+        the table only has to exist. Its checksum is not compared, to save time. OSError if a file cannot be read.
         """
         slide = self.layout.slide(slide_id)
         stored = slide_if_done(slide)

@@ -50,6 +50,8 @@ class ClusterNodes:
     def resources(self) -> Resources:
         """CPU cores, GPUs and memory in bytes of all live nodes, as of the last query, whether in use or not.
 
+        A node that does not report its memory counts with 8 GiB.
+
         InputError if no node has a CPU core.
         """
         if not self._nodes:

@@ -206,7 +206,7 @@ class InferActor:
         self.predictor = self.load(self.package, self.settings)
 
     def infer(self, work: SlideWork, index: int) -> Seconds:
-        """Predict the unit `work.units[index]`, and write its maps to the slide's store. Return the seconds by stage.
+        """Run the network on the unit `work.units[index]`, and store its maps. Return the seconds by stage.
 
         Pixels are read by tasks in other processes (see `read_blocks`). If the maps are stored already, they are not
         predicted again.

@@ -1,4 +1,4 @@
-"""Check a slide's pixel size by its nuclei: predict the densest field as if its pixels had other sizes."""
+"""Check a slide's pixel size by its nuclei: run the model on the densest field as if its pixels had other sizes."""
 
 from __future__ import annotations
 

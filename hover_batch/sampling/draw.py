@@ -36,7 +36,8 @@ class Draw:
     def looks(self) -> tuple[int, ...]:
         """Number of clusters in the sample of each look, increasing; empty if the slide is too small to be sampled.
 
-        The numbers are FRACTIONS of all clusters, rounded up, but at least MIN_CLUSTERS; equal numbers are one look.
+        The numbers are FRACTIONS of all clusters, rounded up, but at least MIN_CLUSTERS; equal numbers are one look. A
+        slide with fewer than 50 clusters is too small.
         """
         n = len(self.stratum)
         if FRACTIONS[-1] * n < MIN_CLUSTERS:
