@@ -63,15 +63,13 @@ class Uploaded:
 class RunUpload:
     """Uploads of one run, in a thread of their own. A failed upload does not fail its slide.
 
-    `url`: folder in cloud storage. `layout`: paths of the run's results.
-
     Failed uploads are repeated each time that another slide is added, and once when the block ends. Once GIVE_UP_AFTER
     uploads in a row have failed with an UploadError, the others wait for the next time.
 
     Use it as a context manager. At the end of the block, it also uploads the files of the whole run, and waits. If the
     block raised an exception other than TooManyFailures, it stops instead, and waits at most STOP_WAIT_S seconds.
 
-    InputError if the folder cannot be written.
+    `url`: folder in cloud storage. `layout`: paths of the run's results. InputError if the folder cannot be written.
     """
 
     def __init__(self, url: Url, layout: RunLayout) -> None:
