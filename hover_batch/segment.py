@@ -312,8 +312,8 @@ def check_dataset(dataset: Path | Url, *outputs: Path | Url) -> None:
     `dataset`: folder or URL of the data set; it need not exist. `outputs`: folders or URLs of the run's results and
     working files.
 
-    InputError if `dataset` is one of `outputs`, holds anything but a data set, or cannot be used as one; OSError or,
-    for a bucket, UploadError if it cannot be read.
+    InputError if `dataset` is one of `outputs`, holds files but no data set, has a data set that this version cannot
+    change, or is a bucket that cannot be written; OSError or, for a bucket, UploadError if it cannot be read.
     """
     if _resolved(dataset) in map(_resolved, outputs):
         raise InputError(f"--dataset {dataset}: is the folder of --output or --work; name another folder")

@@ -96,8 +96,8 @@ class RunUpload:
         an event to the run's log. `force`: if True, remove the results in the folder first, instead of checking it;
         files that the layout does not name stay.
 
-        InputError if the folder holds anything else, cannot be read or cannot be written. SettingsChanged if it holds a
-        run of other settings, or a finished slide with another run key. OSError if the log cannot be written or
+        InputError if the folder holds files but no run, cannot be read or cannot be written. SettingsChanged if it
+        holds a run of other settings, or a finished slide with another run key. OSError if the log cannot be written or
         run.json cannot be read.
         """
         self._progress, self._log = progress, log
