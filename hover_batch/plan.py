@@ -143,8 +143,9 @@ class Plan:
 def check_settings(settings: Settings, card: Card) -> Taxonomy:
     """Check the settings that depend on the model, and return the classes of the tables.
 
-    These are the model's classes, merged by the class map if there is one. `card`: card of the model. InputError if a
-    setting is invalid for this model.
+    The result has the model's classes, merged by the class map if there is one. The settings checked are the side of a
+    unit, sobel_norm, the class map and, with --stop-at, the density and the side of a cluster. `card`: card of the
+    model. InputError if a setting is invalid for this model.
     """
     if settings.infer.unit % card.tile_out:
         raise InputError(

@@ -156,8 +156,8 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
 def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
     """Return the content of a slide's estimate.json; None if the slide is not estimated from a part of it.
 
-    None if estimate.json does not exist, or the whole slide is done (slide.json exists). Also None if estimate.json is
-    corrupted or belongs to another slide; `segment` then estimates the slide again.
+    The result is None if a slide.json exists, because the whole slide is done, or if estimate.json does not exist, is
+    corrupted or belongs to another slide. A corrupted one makes `segment` estimate the slide again.
 
     `slide`: paths of the slide's results. OSError if the file cannot be read.
     """
