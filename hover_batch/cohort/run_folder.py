@@ -157,7 +157,7 @@ def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
     """Return the content of a slide's estimate.json; None if the slide is not estimated from a part of it.
 
     The result is None if a slide.json exists, because the whole slide is done, or if estimate.json does not exist, is
-    corrupted or belongs to another slide. A corrupted one makes `segment` estimate the slide again.
+    corrupted or belongs to another slide. In the last two cases, `segment` estimates the slide again.
 
     `slide`: paths of the slide's results. OSError if the file cannot be read.
     """
