@@ -1,4 +1,4 @@
-"""Python API: segment a slide, load its table and its maps, and predict images in memory."""
+"""Python API: segment a slide, load its table and its maps, and run a model on images in memory."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
 
 
 class Model:
-    """Network that is ready to predict images in memory; make it with `load_model`.
+    """Network that is ready to be run on images in memory; make it with `load_model`.
 
     Images must have a pixel size of `card.mpp` µm. `sha256`: hash of the model's package.
     """
@@ -302,7 +302,7 @@ class Model:
         """Return the instance map (y, x) int32 of an image, 0 = background, and the table of its nuclei.
 
         The table has the columns of `load_nuclei`, with positions in pixels of the image, and `nucleus_id`, the
-        nucleus's number 1 … n in the instance map. The result is that of a run with default settings.
+        nucleus's number 1 … n in the instance map. Post-processing uses the default settings of a run.
 
         `rgb`: (y, x, 3) uint8 RGB of any size, with pixels of `card.mpp` µm.
 

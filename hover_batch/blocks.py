@@ -58,8 +58,8 @@ def batches(
     """Read tiles, and yield them in batches of `size`; the last batch may be smaller.
 
     A batch has two lists of equal length: boxes from `kept`, and the pixels of their tiles with margins, each RGB
-    (tile_in, tile_in, 3) uint8. Tiles that start in the same block of READ_BLOCK pixels are read together, so their
-    order may differ from that of `kept`.
+    (tile_in, tile_in, 3) uint8. Tiles that start in the same block of READ_BLOCK pixels are read together, so they may
+    come in another order than in `kept`.
 
     `kept`: boxes of the tiles without their margins, in inference pixels. `margin`: width of the margin in inference
     pixels. `read`: function that reads the blocks; its errors propagate. `size`: number of tiles in a batch. `seconds`:

@@ -285,8 +285,8 @@ class BucketFolder:
     def holds(self, entry: Mapping[str, Any] | None, path: Path, *, by_size: bool = False) -> bool:
         """Return whether a file in the folder has the same content as the local file `path`.
 
-        The content is compared by the MD5 that the storage reports. If it reports none or a different one (S3: large or
-        encrypted files), the file is read back and compared by its SHA-256.
+        If the sizes are equal, the content is compared by the MD5 that the storage reports. If it reports none or a
+        different one (S3: large or encrypted files), the file is read back and compared by its SHA-256.
 
         `entry`: what `entries` returned for the file; None if the file does not exist. `by_size`: compare only the
         sizes.

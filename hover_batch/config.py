@@ -53,7 +53,7 @@ def _typed(name: str, value: object, kind: type) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base class of the sections. A field of a Literal type accepts only its values, else InputError."""
+    """Base class of the sections. InputError if a field of a Literal type has another value."""
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -207,7 +207,7 @@ class Settings:
     """Settings of execution."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings as plain values, as in settings.toml.
+        """Return all settings as the plain values that settings.toml contains.
 
         The keys are `model` and the names of the sections; each section is a dictionary of values by name.
         """

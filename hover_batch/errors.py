@@ -46,7 +46,7 @@ def exit_code(done: int, failed: int) -> int:
 
 
 class ScratchFull(OSError):
-    """The disk for copies of slides is full (`errno` is ENOSPC). `filename`: folder of the copies."""
+    """The disk for copies of slides is full (`errno` is in DISK_FULL). `filename`: folder of the copies."""
 
 
 class HoverBatchError(Exception):
@@ -82,7 +82,7 @@ class TooManyFailures(HoverBatchError):
 
 
 class UploadError(HoverBatchError):
-    """Files could not be uploaded to cloud storage; the local ones are complete."""
+    """Cloud storage could not be reached, read or written; files on disk are complete."""
 
     exit_code = 3
 

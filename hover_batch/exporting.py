@@ -124,7 +124,8 @@ def _chosen(layout: RunLayout, slide_ids: Sequence[str]) -> list[SlideRecord]:
 def writer(format: Format) -> Write:
     """Return the function that writes a file of `format`. Its arguments are the table and the path of the file.
 
-    InputError if the format needs something that is not installed, so that this is found before anything is written.
+    InputError if a package or library that the format needs is not installed or cannot be used. It is checked here,
+    before anything is written.
     """
     match format:
         case Format.qupath:

@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary path at which the block creates a folder. This folder then replaces the folder `path`, if any.
 
-    Use it for folders that can be made again: files are not synced, and for a moment during the replacement neither the
+    Use it for folders that can be recreated: files are not synced, and for a moment during the replacement neither the
     old nor the new folder exists at `path`. The old folder is removed. If the block raises an exception, `path` is
     unchanged.
 

@@ -34,8 +34,8 @@ def read_features(path: Path) -> list[dict[str, Any]]:
 def polygons_of(geometries: Sequence[Any]) -> NDArray[np.object_]:
     """Return the areas of n geometries as an object array (n,) of valid shapely polygons or multipolygons.
 
-    Coordinates are those of the geometries. Points, lines and null have no area, so they give an empty polygon. An area
-    that two loops of an outline cover counts as covered, not as a hole.
+    Coordinates are not changed. Points, lines and null have no area, so they give an empty polygon. An area that two
+    loops of an outline cover counts as covered, not as a hole.
 
     `geometries`: n parsed GeoJSON geometries.
 

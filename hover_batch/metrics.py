@@ -345,9 +345,8 @@ class ClassScores:
 def class_scores(counts: PairCounts, type_id: int) -> ClassScores:
     """Return F_c = 2·TP_c / (2·TP_c + 2·FP_c + 2·FN_c + FP_d + FN_d) of one class (Graham et al. 2019, section 4.3).
 
-    The result also has the counts. The weights 2, 2, 1, 1 and the counts are those of the reference implementation:
-    unpaired nuclei count only for their own class, and pairs with other classes on both sides (the paper's TN_c) do not
-    count.
+    The result also has the counts. The weights 2, 2, 1, 1 and the counts follow the reference implementation: unpaired
+    nuclei count only for their own class, and pairs with other classes on both sides (the paper's TN_c) do not count.
 
     `counts`: counts of one or more images. `type_id`: id of the class.
     """

@@ -62,9 +62,9 @@ class UnitsMissing(Exception):
 def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     """Return whether the unit's maps are stored and intact: its marker exists and has the checksum of its shard.
 
-    On a checksum mismatch, the shard, its marker, and the post-processed parts that may have used it are removed, so
-    that they are made again, and the result is False. Without a marker, the result is False and nothing is removed.
-    Call this only while nothing writes to the slide.
+    On a checksum mismatch, the shard, its marker, and the post-processed parts that may have used it are removed, and
+    the result is False; the caller must then predict the unit again. Without a marker, the result is False and nothing
+    is removed. Call this only while nothing writes to the slide.
 
     `work`: slide of the unit. `store`: store of the slide.
 
@@ -107,7 +107,7 @@ def infer(
     store: PredictionStore,
     advance: Callable[[int], None],
 ) -> Seconds:
-    """Predict a unit's tiles and write its shard, then its marker. Return the seconds by stage.
+    """Run the network on a unit's tiles, and write its shard, then its marker. Return the seconds by stage.
 
     If there is a shard without a marker, from a process that was killed in between, only the marker is written. Tiles
     already predicted for an earlier estimate of the slide (--stop-at) are copied instead of predicted again. If the
@@ -194,6 +194,9 @@ def neighbours(unit: Unit) -> Iterator[tuple[int, int]]:
 def post(unit: Unit, work: SlideWork, store: PredictionStore) -> Seconds:
     """Post-process a unit's region, and write its nuclei as a part of the slide's table. Return the seconds by stage.
 
+    For a cluster of a sample, maps outside of its box count as zero, so its nuclei do not depend on which other
+    clusters are predicted.
+
     `work`: slide of the unit. `store`: store from which the maps of the unit and its neighbours are read.
 
     UnitsMissing if units that are needed are not predicted yet or not visible here. SlideError if another run has taken
@@ -272,10 +275,11 @@ def _only_in(window: Box, read: Read) -> Read:
 def finalize(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dict[str, Any]:
     """Merge the parts into nuclei.parquet, and return the content of slide.json, which the caller writes.
 
-    The content includes the number of nuclei, the table's size and hash, warnings, quality measures, and the summary's
-    row of the slide. The files thumbnail.jpg, overlay.jpg, tissue.geojson and timings.json are written, too. If
-    `reader` is None, there is no overlay, and the thumbnail and its measures are copied from the run that stored the
-    maps.
+    The keys of the content are `nuclei` (number), `nuclei_bytes` and `nuclei_sha256` (of the table), `seam_uncertain`,
+    `units`, `tiles`, `mpp` and `inference_mpp` ([x, y] in µm), `warnings`, `quality` (measures by name), `limits` (from
+    the card) and `summary` (the slide's row). The files thumbnail.jpg, overlay.jpg, tissue.geojson and timings.json are
+    written, too. If `reader` is None, there is no overlay, and the thumbnail and its measures are copied from the run
+    that stored the maps.
 
     `work`: slide whose units are all predicted and post-processed. `reader`: reader of the slide; None if stored maps
     are used. `seconds`: times of all earlier steps of the slide; the time of this step is added in place.

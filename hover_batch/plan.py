@@ -103,9 +103,9 @@ class Plan:
     def lines(self, settings: Settings, card: Card) -> list[str]:
         """Return the plan as lines of text for the user.
 
-        The numbers of tiles and pixels are upper bounds, since tissue is found only during the run: they are those of
-        whole canvases, or of the masks that the cohort gives. Disk space and time are estimated from them. Slides in
-        cloud storage are listed, but their tiles and pixels are not counted.
+        The numbers of tiles and pixels are upper bounds, since tissue is found only during the run: they count the
+        whole canvas of each slide, or the mask that the cohort gives for it. Disk space and time are estimated from
+        them. Slides in cloud storage are listed, but their tiles and pixels are not counted.
 
         `settings`: settings of the run. `card`: card of the model.
         """
@@ -143,8 +143,9 @@ class Plan:
 def check_settings(settings: Settings, card: Card) -> Taxonomy:
     """Check the settings that depend on the model, and return the classes of the tables.
 
-    These are the model's classes, merged by the class map if there is one. `card`: card of the model. InputError if a
-    setting is invalid for this model.
+    The result has the model's classes, merged by the class map if there is one. The settings checked are the side of a
+    unit, sobel_norm, the class map and, with --stop-at, the density and the side of a cluster. `card`: card of the
+    model. InputError if a setting is invalid for this model.
     """
     if settings.infer.unit % card.tile_out:
         raise InputError(

@@ -10,8 +10,8 @@ from hover_batch.formatting import duration
 class ProgressCounter:
     """Counter of items done out of a total, which may grow during the work.
 
-    `name`: what is counted, for `line`. `done` includes items of an earlier start; the rate counts only those of this
-    process. Use it from one thread.
+    `name`: what is counted, for `line`. `done` includes items of an earlier start; the rate counts only items that this
+    process has done. Use it from one thread.
     """
 
     def __init__(self, name: str) -> None:

@@ -45,7 +45,8 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     """Write the HTML report of the run in `folder`, and return the path of the report.
 
     An existing report is replaced, including its further pages. With more than 200 finished slides, the pictures are on
-    further pages, in a folder next to the report.
+    further pages, in a folder next to the report. Of the flagged slides, the first PICTURED (50) are shown with
+    thumbnails.
 
     `output`: file to write; None for report.html in the run's folder. `notify`: function that is called with a line
     about each finished slide.

@@ -29,7 +29,7 @@ class Seconds:
             self.add_span(stage, time.monotonic() - clock, (started, time.time()))
 
     def add(self, other: Seconds) -> None:
-        """Add the totals of `other`, and extend the spans to include those of `other`."""
+        """Add the totals of `other`, and extend each span to include the one in `other`."""
         for stage, seconds in other.totals.items():
             self.add_span(stage, seconds, other.spans[stage])
 

@@ -312,8 +312,8 @@ def check_dataset(dataset: Path | Url, *outputs: Path | Url) -> None:
     `dataset`: folder or URL of the data set; it need not exist. `outputs`: folders or URLs of the run's results and
     working files.
 
-    InputError if `dataset` is one of `outputs`, holds anything but a data set, or cannot be used as one; OSError or,
-    for a bucket, UploadError if it cannot be read.
+    InputError if `dataset` is one of `outputs`, holds files but no data set, has a data set that this version cannot
+    change, or is a bucket that cannot be written; OSError or, for a bucket, UploadError if it cannot be read.
     """
     if _resolved(dataset) in map(_resolved, outputs):
         raise InputError(f"--dataset {dataset}: is the folder of --output or --work; name another folder")
@@ -327,9 +327,9 @@ def _resolved(where: Path | Url) -> Path | str:
 def add_to_dataset(outcome: Outcome, dataset: Path | Url, log_format: LogFormat) -> int:
     """Add the finished slides of a run to a data set, and return the exit code of the command.
 
-    The code is that of the run, but at least 3 if a slide was skipped or the data set cannot be written. In the latter
-    case, no error is raised, and a message says how to add the slides later. If no slide is finished, the data set is
-    not touched.
+    It is the exit code of the run, but at least 3 if a slide was skipped or the data set cannot be used. If the data
+    set cannot be used, no error is raised, and a message says how to add the slides later. If no slide is finished, the
+    data set is not touched.
 
     `outcome`: outcome of the run. `dataset`: folder or URL of the data set. `log_format`: format of the messages, which
     go to stderr.

@@ -22,9 +22,10 @@ THUMBNAIL_SIDE = 1024
 def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, float]:
     """Draw thumbnail.jpg, the slide with its tissue outlined. Return the measures of the picture and the mask by name.
 
-    The names are ink, brown, chroma and dark (PICTURE_MEASURES) and, for a given mask, mask_on_tissue. If `reader` is
-    None, the thumbnail and its measures are copied from the run that stored the maps. Then a missing thumbnail is
-    ignored, and measures that an older version of hover-batch did not store are left out.
+    The longer side of the thumbnail has at most THUMBNAIL_SIDE (1024) pixels. The names are ink, brown, chroma and dark
+    (PICTURE_MEASURES) and, for a given mask, mask_on_tissue. If `reader` is None, the thumbnail and its measures are
+    copied from the run that stored the maps. Then a missing thumbnail is ignored, and measures that an older version of
+    hover-batch did not store are left out.
 
     `work`: slide to draw. `reader`: reader of the slide; None for stored maps.
 
@@ -46,6 +47,8 @@ def draw_thumbnail(work: SlideWork, reader: SlideReader | None) -> dict[str, flo
 
 def draw_overlay(work: SlideWork, reader: SlideReader | None) -> None:
     """Draw overlay.jpg: the square with the most nuclei, at full resolution, with their contours and a legend.
+
+    The square has a side of OVERLAY_SIDE (2048) level-0 pixels.
 
     `work`: slide to draw, whose nuclei.parquet must exist. `reader`: reader of the slide; None for stored maps, for
     which nothing is drawn.

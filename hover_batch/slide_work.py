@@ -80,7 +80,7 @@ class SlideWork:
 
     @property
     def maps(self) -> SlideLayout:
-        """Paths of the prediction store and the markers: those of this run, or of the run that stored the maps.
+        """Paths of the prediction store and the markers, in this run or in the run that stored the maps.
 
         Files of the other run must not be changed.
         """
@@ -88,7 +88,7 @@ class SlideWork:
 
     @property
     def taxonomy(self) -> Taxonomy:
-        """Classes of the tables: those of the model, merged by the class map if there is one."""
+        """Classes of the tables: the model's classes, merged by the class map if there is one."""
         return self.card.taxonomy.merged(self.settings.post.class_map)[0]
 
     @property

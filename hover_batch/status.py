@@ -108,9 +108,10 @@ class RunStatus:
     def seconds_left(self) -> tuple[float, str] | None:
         """Return the estimated seconds left, and the basis of the estimate in words; None if there is no estimate.
 
-        If slides are pending, the basis is the mean time of the slides finished since the start. Otherwise it is the
-        rate of tiles or, without one, the rate of regions. There is no estimate if the run has ended, is known not to
-        be running or waits for disk space, or if the log does not suffice.
+        If slides are pending and at least one was finished since the start, the basis is the mean time of the finished
+        ones. Otherwise it is the rate of tiles or, without one, the rate of regions, and the estimate covers only the
+        slides in progress. There is no estimate if the run has ended, is known not to be running or waits for disk
+        space, or if the log does not suffice.
         """
         log = self.log
         if self.is_running is False or log.finished or log.disk_full:
@@ -130,7 +131,10 @@ class RunStatus:
         return None
 
     def lines(self) -> list[str]:
-        """Return the progress of the run as lines of text, as `hover-batch status` prints them."""
+        """Return the progress of the run as lines of text, as `hover-batch status` prints them.
+
+        Of the slides in progress, the estimates and the failures, the first LISTED (10) each are listed.
+        """
         begun = f", begun {_clock(self.created)}" if self.created else ""
         lines = [f"{self.layout.root}: model {self.model}{begun}", f"running: {self._running()}"]
         if self.log.disk_full and self.is_running is not False:
@@ -212,10 +216,18 @@ class RunStatus:
     def to_json(self) -> str:
         """Return the status as indented JSON text, as `hover-batch status --json` prints it.
 
-        Unknown values are null; times are ISO 8601 in UTC. The keys are folder, model, created, going_on, holder,
-        started, last_event, finished, disk_full_since, tried_again, nodes, slides, under_way, nuclei, estimated,
-        uploaded, flagged, tiles_per_s, regions_per_s, rate_until, seconds_left, seconds_left_base, model_busy and
-        failures.
+        Unknown values are null; times are ISO 8601 in UTC. The keys are folder, model, created, going_on (true, false
+        or null), holder, started, last_event, finished, disk_full_since, nodes (number of nodes after the last change),
+        nuclei, tiles_per_s, regions_per_s, rate_until, seconds_left, seconds_left_base (its basis in words), model_busy
+        (0 to 1), and these objects and lists:
+
+        - tried_again: number of retries by cause (strike, lost, memory_short)
+        - slides: total, done, failed, under_way, pending and left_out
+        - under_way: list of slides in progress, with slide_id, units_predicted, regions_posted, units and tiles
+        - estimated: section `estimate` of estimate.json, by slide_id
+        - uploaded: url and slides (number of uploaded slides)
+        - flagged: for each slide_id, the sentence of each flag, by name
+        - failures: list of failures, with slide_id, row, stage and reason
         """
         log, estimate = self.log, self.seconds_left()
         tile_rate, region_rate = log.tile_rate, log.region_rate

@@ -53,8 +53,9 @@ class PredictionStore:
         An existing store must have been created with the same values, which is not checked.
 
         `size`: size of the canvas in inference pixels. `planes`: number of planes. `unit`: side of a shard in inference
-        pixels. `attributes`: JSON values: HV_MASKED, whether h and v are masked (False if it is missing), and, so that
-        the store can be read without this package, mpp, scale, plane names and the model card.
+        pixels. `attributes`: JSON values by name. HV_MASKED says whether h and v are masked (False if it is missing).
+        The others, such as mpp, level0_per_pixel and model (the card), describe the maps for readers like
+        `load_predictions`.
 
         OSError if it cannot be written; errors of zarr, mostly ValueError, if an existing store is corrupted.
         """

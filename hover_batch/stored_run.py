@@ -84,9 +84,9 @@ class StoredRun:
         `settings`: settings of the new tables. `output`: folder for them; it need not exist. `force`: whether results
         in `output` will be removed before the run.
 
-        InputError if the settings require predictions that this run did not store, or if `output` is this run's folder
-        or a folder in it. InputError also if `output` holds a corrupted run or, unless `force` is set, a run that was
-        not made from this run. OSError if the run.json there cannot be read.
+        InputError if the settings require predictions that this run did not store, if `output` is this run's folder or
+        a folder in it, if `output` holds a corrupted run, or if it holds a run that was not made from this run and
+        `force` is not set. OSError if the run.json there cannot be read.
         """
         wanted = _prediction_settings(settings)
         for name, stored in _prediction_settings(self.settings).items():

@@ -65,8 +65,8 @@ class Taxonomy:
     def merged(self, class_map: Mapping[str, Any]) -> tuple[Taxonomy, tuple[int, ...]]:
         """Apply a class map. Return the new taxonomy, and the new id of each class in the order of the old ids.
 
-        New classes are in the order of the lowest id that each replaces, not in that of the map. An empty map changes
-        nothing.
+        New classes are ordered by the lowest id that each replaces; the order in the map does not matter. An empty map
+        changes nothing.
 
         `class_map`: for each new name, the list of the classes that it replaces, or a mapping with this list as
         `classes` and, optionally, `color` as [red, green, blue], each 0 to 255. The default is the colour of the first

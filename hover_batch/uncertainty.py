@@ -173,7 +173,8 @@ class Uncertainty:
     def to_json(self) -> dict[str, Any]:
         """Return the errors as JSON values; those that were not measured have no entry.
 
-        The keys are `probabilities` (calibrations by column) and `count`.
+        The keys are `probabilities` (for each column, an object with the numbers `a`, `b` and `c` of its BetaScaling)
+        and `count` (an object with the fields of CountError).
         """
         values: dict[str, Any] = {}
         if self.probabilities:

@@ -55,11 +55,13 @@ class Row:
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     """Return the rows of the CSV file `path`, in order, and warnings for the user.
 
-    The first record is the header, in which column names and their aliases are recognised. Cells are separated by
-    commas, semicolons or tabs. Rows without a filled cell are skipped. The content of cells is not checked.
+    The first record is the header. The aliases wsi and slide stand for path, sample for slide_id, and slide_mpp for
+    mpp. Columns named row or status become cohort_row and cohort_status, because a run writes columns of these names.
+    Cells are separated by commas, semicolons or tabs. White space and invisible characters around them are removed.
+    Rows without a filled cell are skipped. The content of cells is not checked.
 
-    InputError if the file is not UTF-8 or not CSV, its header is invalid or has no column path, or it has no rows;
-    OSError if it cannot be read.
+    InputError if the file is empty, is not UTF-8 or not CSV, has no column path, has two columns that mean the same, or
+    has no rows; OSError if it cannot be read.
     """
     lines = _csv_records(path)
     _, header = next(lines, (0, []))

@@ -31,11 +31,11 @@ class EventLog:
     def append(self, event: str, **values: Any) -> None:
         """Append one line of JSON with `time` (UTC, ISO 8601), `event` and `values`, in this order.
 
-        If the disk is full, the event is dropped, so that a run that waits for space does not end because of its log.
+        If the disk is full, the event is dropped, because a run that waits for space must not end.
 
         `event`: name of the event. `values`: its JSON values by name.
 
-        OSError if the file cannot be written for another reason, ValueError after `close`, TypeError if a value is not
+        OSError if the write fails although the disk is not full, ValueError after `close`, TypeError if a value is not
         JSON.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -79,7 +79,7 @@ ALIASES = {
 class SlideLayout:
     """Paths of one slide's results, whether or not they exist.
 
-    InputError if the slide_id cannot name a folder, so that no path leaves the run's folder.
+    No path leaves the run's folder: InputError if the slide_id cannot name a folder.
     """
 
     root: Path
@@ -164,7 +164,7 @@ class SlideLayout:
 
     @property
     def overlay_jpg(self) -> Path:
-        """JPEG picture of the slide's field with the most nuclei, with their contours."""
+        """JPEG picture of the slide's field with the most nuclei; their contours are drawn on it."""
         return self.folder / "overlay.jpg"
 
     @property
@@ -196,7 +196,8 @@ class SlideLayout:
     def kept(self) -> tuple[Path, ...]:
         """Paths of the slide's results that a user keeps, files or folders, slide.json last.
 
-        Working files, such as markers and the prediction store, are not among them.
+        Not included are working files, such as markers and the prediction store, and the results of --stop-at,
+        sampled_nuclei.parquet and estimate.json.
         """
         return (
             self.nuclei_parquet,
@@ -237,7 +238,7 @@ class SlideLayout:
 
 @dataclass(frozen=True)
 class SampleLayout(SlideLayout):
-    """Paths of one slide's results whose markers, parts and predictions are those of clusters, not of units."""
+    """Paths of one slide's results, with the markers, parts and predictions of clusters instead of units."""
 
     @property
     def working(self) -> Path:
@@ -265,7 +266,7 @@ class SampleLayout(SlideLayout):
         return self.working / "clusters.json"
 
     def look_json(self, look: int) -> Path:
-        """Return the path of the file with the densities that are estimated after a further batch of clusters, a look.
+        """Return the path of the file with the densities that are estimated at a look, after a batch of clusters.
 
         `look`: number of the look, from 0; the names of the files count from 1.
         """
@@ -363,7 +364,10 @@ class RunLayout:
 
     @property
     def kept(self) -> tuple[Path, ...]:
-        """Paths of the results of the whole run that a user keeps, files or folders."""
+        """Paths of the results of the whole run that a user keeps, files or folders.
+
+        The folders of the slides, the logs and the example are not included.
+        """
         return (
             self.run_json,
             self.settings_toml,

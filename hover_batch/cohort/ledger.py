@@ -53,8 +53,8 @@ class SlideFailure:
 class Ledger:
     """Record of one run in the folder of `layout`. Use it in a `with` block, which locks the folder until it ends.
 
-    Entering it creates the folder. InputError if the folder cannot be written, holds files but no run, or another run
-    is writing to it. Then call `start` before other methods that write; they raise OSError if a file cannot be written.
+    Entering it creates the folder: InputError if it cannot be written, another run is writing to it, its run.json is
+    invalid, or it holds files but no run. Call `start` before other methods that write; these raise OSError.
     """
 
     def __init__(self, layout: RunLayout) -> None:
@@ -191,7 +191,7 @@ class Ledger:
         return run
 
     def clear(self) -> None:
-        """Remove the results of the run and of all its slides; files that the layout does not name stay.
+        """Remove the results of the run and of all its slides. The lock, the example and unknown files stay.
 
         run.json stays until `start` replaces it, in case of an interruption. OSError if a file cannot be removed.
         """
@@ -237,8 +237,7 @@ class Ledger:
         """Return whether the slide is finished: slide.json has the run key `key`, and the table has the recorded size.
 
         If so, the slide counts as done from now on, in slides.csv and in the log's last event. If no size is recorded,
-        the table only has to exist. Its checksum is not compared, since that takes minutes for a large cohort. OSError
-        if a file cannot be read.
+        the table only has to exist. Its checksum is not compared, to save time. OSError if a file cannot be read.
         """
         slide = self.layout.slide(slide_id)
         stored = slide_if_done(slide)
@@ -253,8 +252,9 @@ class Ledger:
     def is_estimated(self, slide_id: str, key: str, of: str, stop_at: float) -> bool:
         """Return whether the slide's density is estimated precisely enough, and the table of its clusters exists.
 
-        estimate.json must have the run key `key`, and the density `of` (`nuclei` or a class) to within ± `stop_at`, a
-        fraction. If so, the slide counts as done in the log's last event. OSError if a file cannot be read.
+        estimate.json must be for the run key `key` and the density `of` (`nuclei` or a class), with --stop-at at most
+        `stop_at`; no slide.json may exist. If True, the slide counts as done in the log's last event. OSError if a file
+        cannot be read.
         """
         slide = self.layout.slide(slide_id)
         stored = estimate_of(slide)
@@ -344,8 +344,8 @@ class Ledger:
     def write_slides(self, records: Sequence[SlideRecord]) -> None:
         """Write slides.csv: the cohort's columns, extra ones included, and the row and status of each slide.
 
-        The status is done, estimated (from a part of the slide), failed (since the last start), begun (its folder has
-        unfinished work) or pending. OSError if slides.csv cannot be written or a slide's files cannot be read.
+        The status is the first that applies of failed (since the last start), estimated (from a part of it), done,
+        begun (unfinished work exists) and pending. OSError if slides.csv cannot be written or a file cannot be read.
         """
         extra = list(dict.fromkeys(name for record in records for name in record.extra))
         header = [*COLUMNS, *extra, *RUN_COLUMNS]

@@ -60,12 +60,12 @@ class Cohort:
 def read_cohort(source: str | Path) -> Cohort:
     """Read the cohort in `source`: a CSV, a folder of slides, a glob pattern, or a single slide.
 
-    Faults of rows are collected in the result, not raised. Relative paths in a CSV are relative to its folder. Slides
-    on disk are only checked to exist and to be readable; those at URLs are not checked. Masks are only checked to be
-    JSON or PNG; they are not compared with their slides.
+    Faults of rows are collected in the result, not raised. Relative paths in a CSV are relative to its folder. A slide
+    on disk must be a readable file, or a folder with a DICOM file; its content is not checked. Slides at URLs are not
+    checked. Masks must be JSON or PNG, as their suffixes say; they are not compared with their slides.
 
-    InputError if no rows can be read: the source does not exist, cannot be read, is not a CSV, has an invalid or
-    ambiguous header, or lists no slides.
+    InputError if no rows can be read: the source is an empty name or a URL, does not exist, cannot be read, is not a
+    CSV, has an invalid or ambiguous header, or lists no slides.
     """
     if not str(source).strip():
         raise InputError("the cohort is an empty name: give a CSV, a folder of slides or a quoted glob")

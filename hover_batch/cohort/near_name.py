@@ -17,7 +17,7 @@ def near_name(path: Path, base: Path) -> str:
     """Return a hint to append to the message that `path` does not exist; "" if there is none.
 
     The hint names a file whose name differs only in upper and lower case or Unicode form, or the missing target of a
-    link. For a Windows path, a URI, or a path with ~ or a variable, it says how to write it.
+    link. For a Windows path, a URI, or a path that begins with ~ or a variable, it says how to write it.
 
     `path`: absolute path. `base`: absolute folder to which the user's paths are relative.
     """

@@ -128,7 +128,7 @@ class SlideRecord:
 def looks_like_slide(path: Path) -> bool:
     """Return whether `path`, which exists, is a DICOM folder, or a file with one of SLIDE_SUFFIXES.
 
-    False for a folder that this user may not list. OSError if a folder cannot be listed for another reason.
+    False for a folder that this user has no permission to list. OSError if listing a folder fails in another way.
     """
     try:
         return is_dicom_folder(path) if path.is_dir() else path.suffix.lower() in SLIDE_SUFFIXES

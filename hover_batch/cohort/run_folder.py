@@ -75,7 +75,7 @@ def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
 
     `layout`: paths of the run.
 
-    InputError if the file is corrupted or was edited so that it is invalid, OSError if it cannot be read.
+    InputError if the file is corrupted, or invalid after an edit, OSError if it cannot be read.
     """
     content = read_file(layout.slides_csv)
     if content is None:
@@ -116,7 +116,7 @@ def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
 
     `layout`: paths of the run.
 
-    InputError if slides.csv is corrupted or was edited so that it is invalid, OSError if it cannot be read.
+    InputError if slides.csv is corrupted, or invalid after an edit, OSError if it cannot be read.
     """
     return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
 
@@ -133,11 +133,12 @@ def nuclei_if_done(slide: SlideLayout) -> int | None:
 def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict[str, Any] | None:
     """Return the content of a finished slide's slide.json; None if the slide is not finished.
 
-    A slide whose file belongs to another slide, is corrupted, or was edited so that values have other types, does not
-    count as finished, so that `segment` makes it again.
+    The slide does not count as finished if its file belongs to another slide, is corrupted, or has values of other
+    types or ranges than `segment` writes. In these cases, `segment` processes the slide again.
 
     `slide`: paths of the slide's results. `failed_at`: time when the slide failed since the run was last started; None
-    if it did not. A slide.json that was written before this time does not count, since that start has rejected it.
+    if it did not. A slide.json that was written before this time does not count, because the last start has already
+    rejected it.
 
     OSError if the file cannot be read.
     """
@@ -153,10 +154,10 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
 
 
 def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
-    """Return the content of estimate.json if a slide's density is estimated from a part of it; otherwise None.
+    """Return the content of a slide's estimate.json; None if the slide is not estimated from a part of it.
 
-    It is also None if the whole slide is done. None, too, if the file is corrupted or belongs to another slide;
-    `segment` then estimates the slide again.
+    The result is None if a slide.json exists, because the whole slide is done, or if estimate.json does not exist, is
+    corrupted or belongs to another slide. In the last two cases, `segment` estimates the slide again.
 
     `slide`: paths of the slide's results. OSError if the file cannot be read.
     """

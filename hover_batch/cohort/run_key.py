@@ -18,7 +18,7 @@ from hover_batch.formatting import listed
 def run_key(model_sha256: str, results_key: Mapping[str, Any], slide_fingerprint: str, schema_version: int) -> str:
     """Return the run key of a slide, the hex SHA-256 of everything that its results depend on.
 
-    Equal keys mean equal results.
+    Equal keys mean equal results. Whole floats in `results_key` count as integers, so that 8.0 and 8 give the same key.
 
     `model_sha256`: hash of the model's package. `results_key`: settings that change results. `slide_fingerprint`:
     fingerprint of the slide, followed by the hash of its mask if there is one. `schema_version`: version of the table's
@@ -47,7 +47,8 @@ class ModelId:
 def run_identity(model: ModelId, results_key: Mapping[str, Any], schema_version: int) -> dict[str, Any]:
     """Return what all results of a run have in common, as JSON values by name for run.json.
 
-    The names are model_id, model_sha256, results_key and schema_version.
+    The names are model_id, model_sha256, results_key and schema_version. Whole floats in the results key become
+    integers.
 
     `model`: model of the run. `results_key`: settings that change results. `schema_version`: version of the table's
     columns.

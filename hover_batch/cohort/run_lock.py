@@ -22,9 +22,9 @@ _log = logging.getLogger(__name__)
 def locked(path: Path, flag: str = "--output") -> Iterator[None]:
     """Lock the file `path` while the block runs; it is created if it does not exist.
 
-    The process id and the host are written to the file. If the process ends during the block, even by a kill, the
-    system releases the lock once all its forked children have ended, too, since they may still write. On a file system
-    without locks, a warning is logged, and nothing is locked.
+    The process id and the host are written to the file. The lock is released when the block ends, or when the process
+    is killed. Forked children keep it until they have ended, because they may still write. On a file system without
+    locks, a warning is logged, and nothing is locked.
 
     `flag`: option that named the folder, for the message.
 

@@ -167,9 +167,10 @@ class RunLog:
 
     @property
     def tile_rate(self) -> Rate | None:
-        """Rate of prediction in tiles per second, over the last RATE_WINDOW_S seconds before the last tile.
+        """Rate of prediction in tiles per second, over the last RATE_WINDOW_S seconds before the last unit was done.
 
-        None if no tile was predicted since the last start, or an older version wrote the log, without numbers of tiles.
+        None if the log has no start, or no tile was predicted in this time. Also None if an older version wrote the
+        log, because such a log has no numbers of tiles.
         """
         return self._tiles.rate if self._tiles else None
 
@@ -177,7 +178,7 @@ class RunLog:
     def region_rate(self) -> Rate | None:
         """Rate of post-processing in regions per second, over the last RATE_WINDOW_S seconds before the last region.
 
-        None if no region was post-processed since the last start.
+        None if the log has no start, or no region was post-processed since the last one.
         """
         return self._regions.rate if self._regions else None
 

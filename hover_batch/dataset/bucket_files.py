@@ -45,7 +45,7 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
         return name
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Return what is known of the file at `path`: `name` (the path), `size` (in bytes) and `type` ("file").
+        """Return a description of the file at `path` with `name` (the path), `size` (in bytes) and `type` ("file").
 
         Sizes are cached. InputError if the file does not exist or access is denied, UploadError if the bucket cannot be
         read.

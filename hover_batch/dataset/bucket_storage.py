@@ -30,8 +30,8 @@ def check_bucket(url: Url, flag: str) -> None:
 
     A small test file is written and removed. `flag`: option or argument that the message names.
 
-    InputError if the folder at `url` holds anything else, cannot be written, or has a data set that this version cannot
-    change; UploadError if it cannot be read.
+    InputError if the folder at `url` holds files but no data set, cannot be written, or has a data set that this
+    version cannot change; UploadError if it cannot be read.
     """
     folder = BucketFolder(url)
     folder.check_writable()
@@ -47,8 +47,8 @@ def open_bucket(url: Url, flag: str) -> Iterator[BucketStorage]:
 
     `url`: folder of the data set. `flag`: option or argument that named it, for messages.
 
-    InputError if the folder holds anything else, access is denied, or it has a data set that this version cannot
-    change; UploadError if the bucket cannot be read or written.
+    InputError if the folder holds files but no data set, access is denied, or it has a data set that this version
+    cannot change; UploadError if the bucket cannot be read or written.
     """
     folder = BucketFolder(url)
     with tempfile.TemporaryDirectory(prefix="hover-batch-upload-") as staging:
@@ -95,7 +95,10 @@ class BucketStorage:
         self.remove([name for name in others if retried(partial(self._folder.modified, name)) < limit])
 
     def holds(self, names: Collection[str]) -> bool:
-        """Return whether all files in `names`, which are relative to the data set, exist in the bucket."""
+        """Return whether all files in `names`, which are relative to the data set, exist in the bucket.
+
+        The answer comes from the list that `sweep` made and later changes through this object; the bucket is not asked.
+        """
         return self._files.issuperset(names)
 
     def fetch(self, names: Collection[str]) -> list[Path]:

@@ -25,8 +25,8 @@ _IS_TEXT = "^(0[0-9]+|[0-9]{16,})$"
 def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, slides: pa.Table) -> list[str]:
     """Create the table `clinical` from the file `path`. Return notes about ids that only one of the tables has.
 
-    The values of the column `on` become text without spaces around them. In a CSV, a column with values such as 007
-    becomes text, too, and empty cells and NA are missing values. Rows without an id are left out.
+    The values of the column `on` become text without spaces around them. In a CSV, a column with values such as 007, or
+    of 16 or more digits, becomes text, too, and empty cells and NA are missing values. Rows without an id are left out.
 
     `connection`: DuckDB connection in which the table is created. `path`: CSV or Parquet file. `on`: column with the
     ids, in the file and in `slides`; in the file, upper and lower case do not matter. `slides`: table of the slides.

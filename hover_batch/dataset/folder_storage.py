@@ -21,8 +21,8 @@ def check_folder(folder: Path, flag: str) -> None:
 
     `flag`: option or argument that the message names.
 
-    InputError if the folder holds anything else, or a data set that this version cannot change; OSError if it cannot be
-    read.
+    InputError if the folder holds files but no data set, or has a data set that this version cannot change; OSError if
+    it cannot be read.
     """
     layout = DatasetLayout(folder)
     if layout.slides_parquet.is_file():
@@ -39,8 +39,8 @@ def open_folder(folder: Path, flag: str) -> Iterator[FolderStorage]:
 
     `folder`: folder of the data set. `flag`: option or argument that named it, for messages.
 
-    InputError if the folder holds anything else, has a data set that this version cannot change, cannot be written, or
-    is locked by another command; OSError if the disk is full or the folder cannot be read.
+    InputError if the folder holds files but no data set, has a data set that this version cannot change, cannot be
+    written, or is locked by another command; OSError if the disk is full or the folder cannot be read.
     """
     check_folder(folder, flag)
     layout = DatasetLayout(folder)

@@ -78,8 +78,8 @@ class Effect:
 
         The columns are measure, first, second (names of the groups), patients_first, median_first, patients_second,
         median_second, difference and cliffs_delta. Each interval has two columns, such as difference_low and
-        difference_high. Those of the intervals with the measuring error, difference_one_source_low to
-        difference_two_sources_high, are None if the error was not measured.
+        difference_high. The columns from difference_one_source_low to difference_two_sources_high have the intervals
+        with the measuring error; they are None if it was not measured.
         """
         row: dict[str, Any] = {"measure": self.measure}
         for number, name in enumerate(("first", "second")):
@@ -107,6 +107,8 @@ class Comparison:
 
 def densities_sql(subject: Subject, by: str, of: str | None = None) -> str:
     """Return the SQL that gives the densities, in nuclei per mm² of tissue, with one row per group and patient.
+
+    Slides without a group or a patient are left out.
 
     `subject`: slides that the question is about. `by`: column with the group, of the slides or the clinical table.
     `of`: the only class whose density is included; None for all nuclei and each class.

@@ -21,7 +21,7 @@ def ended_by_ctrl_c(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
     while the main thread is in DuckDB.
 
     The block sets the process's file descriptor for signals (`signal.set_wakeup_fd`), and restores the previous one.
-    ValueError in a thread other than the main thread.
+    ValueError if it is used in another thread.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -46,7 +46,8 @@ class NearQuestion:
     """Question for the share of the nuclei of class `of` that have one of class `to` at most `within` µm away.
 
     `by`: column of the slides or the clinical table; the answer has a row for each of its values. If both classes are
-    the same, a nucleus is not near itself. InputError if there is no such column or class, or `within` is not positive.
+    the same, a nucleus is not near itself. InputError if there is no such column or class, or `within` is not above 0
+    and at most 10,000.
     """
 
     def __init__(self, subject: Subject, of: str, to: str, within: float, by: str) -> None:
@@ -76,7 +77,8 @@ class NearQuestion:
         """Return the answer as a DuckDB relation, with one row for each value of the column `by`.
 
         Its columns are that column, `slides` (number of slides), `nuclei` (number of nuclei of the class `of`), `near`
-        (number of those with a neighbour) and `share` (near / nuclei; NULL without nuclei).
+        (how many of them have a nucleus of the class `to` within the distance) and `share` (near / nuclei; NULL without
+        nuclei).
 
         The files are read one after the other, so that memory holds the positions of one slide, or of the small slides
         that share a file. The connection's temporary table `near` is replaced.

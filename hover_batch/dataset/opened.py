@@ -169,8 +169,8 @@ class Dataset:
     def window(self, slide_id: str, box: Box | Sequence[float], model: str | None = None) -> pd.DataFrame:
         """Return the nuclei of a slide whose bounding boxes overlap `box`, ordered by nucleus_id.
 
-        The columns are those of `load_nuclei`, with `slide_id` and `type` as categories. Nuclei whose bounding boxes
-        only touch the box are left out.
+        The result has the same columns as a table from `load_nuclei`, with `slide_id` and `type` as categories. Nuclei
+        whose bounding boxes only touch the box are left out.
 
         `slide_id`: slide of the nuclei. `box`: (x0, y0, x1, y1) in level-0 pixels. `model`: model whose nuclei are
         returned, by its name with or without the hash; None if the data set holds only one.

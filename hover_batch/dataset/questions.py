@@ -22,7 +22,7 @@ _UNFLAGGED = "coalesce(slides.flags, '') = ''"
 
 @dataclass(frozen=True)
 class Subject:
-    """Slides that a question is about: those of one model, maybe without those that have quality flags."""
+    """Slides of one model that a question is about. Slides with quality flags may be left out."""
 
     dataset: Dataset
     """Data set that is asked."""

@@ -204,8 +204,8 @@ def write_slides_table(layout: DatasetLayout, table: pa.Table) -> None:
 def rows_table(rows: Sequence[Mapping[str, Any]], measured: pa.Schema) -> pa.Table:
     """Return rows of slides.parquet as a table with the FIXED columns first.
 
-    `rows`: values of each row, by column. `measured`: names and types of further columns. The table has those of them
-    that occur in a row. All other columns are text.
+    `rows`: values of each row, by column. `measured`: names and types of further columns. A further column that occurs
+    in no row is left out. Columns that are neither FIXED nor in `measured` are text.
     """
     names = dict.fromkeys(name for row in rows for name in row)
     kinds = {field.name: field for field in (*measured, *FIXED)}

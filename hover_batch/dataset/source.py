@@ -173,9 +173,10 @@ class RunSource:
         }
 
     def file_metadata(self, taxonomy: Taxonomy) -> dict[str, Any]:
-        """Return what files of nuclei have as `hover_batch` in their metadata, as JSON values.
+        """Return the JSON object that files of nuclei have as the entry `hover_batch` of their metadata.
 
-        The keys are `schema_version`, `taxonomy` and `model` (`id` and `sha256`). `taxonomy`: classes of the nuclei.
+        The keys are `schema_version`, `taxonomy` (see `Taxonomy.to_json`) and `model` (an object with `id` and
+        `sha256`). `taxonomy`: classes of the nuclei.
         """
         return {
             "schema_version": SCHEMA_VERSION,

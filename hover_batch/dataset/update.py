@@ -51,17 +51,18 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
     """Add the finished slides of the run in `folder` to the data set, which is created if it does not exist.
 
     Tables of slides that the data set already holds are not read again, but the rows of these slides in slides.parquet
-    are updated, for example with new patients and flags. A slide whose table has changed since then is replaced. Slides
-    that are not done, or whose table cannot be read, are skipped. If the command is interrupted, repeat it: slides that
-    were added stay.
+    are updated, for example with new patients and flags. A slide whose table has changed since it was added is
+    replaced. Slides that are not done, or whose table cannot be read, are skipped. If the command is interrupted,
+    repeat it: slides that were added stay.
 
     `dataset`: folder or URL of the data set. `slide_ids`: the slides to add; empty for all. `notify`: function that is
     called with a line about each slide that is added or skipped, and at the end about those that are missing. `flag`:
     option that named the data set, for messages.
 
-    InputError if `folder` holds no run or a corrupted one, a slide is not in it, or `dataset` holds anything else, is
-    being written, cannot be written, or holds other slides of the same names or other classes. OSError if the disk is
-    full or a file cannot be read or written, UploadError if a bucket cannot be reached.
+    InputError if `folder` holds no run or a corrupted one, a slide is not in it, or `dataset` is not a data set, is
+    being written or cannot be written. Also InputError if it holds nuclei of this model with other classes, or a slide
+    of the same name from another run with another file or pixel size. OSError if the disk is full or a file cannot be
+    read or written, UploadError if a bucket cannot be reached.
     """
     source = RunSource.open(folder)
     chosen = source.chosen(slide_ids)

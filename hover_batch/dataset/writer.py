@@ -70,8 +70,8 @@ def check_place(where: Path | Url, flag: str) -> None:
 
     `where`: the folder or URL. `flag`: option or argument that the message names.
 
-    InputError if the place holds anything else, a bucket cannot be written, or it has a data set that this version
-    cannot change. If it cannot be read, OSError for a folder, UploadError for a bucket.
+    InputError if the place holds files but no data set, is a bucket that cannot be written, or has a data set that this
+    version cannot change. If it cannot be read, OSError for a folder, UploadError for a bucket.
     """
     if isinstance(where, Url):
         check_bucket(where, flag)
@@ -88,8 +88,8 @@ def open_writer(where: Path | Url, flag: str) -> Iterator[DatasetWriter]:
 
     `where`: folder or URL of the data set. `flag`: option that named it, for messages.
 
-    InputError if the place holds anything else, has a data set that this version cannot change, or cannot be written,
-    or if another command is writing in the folder. OSError if the disk is full or the folder cannot be read,
+    InputError if the place holds files but no data set, has a data set that this version cannot change, or cannot be
+    written, or if another command is writing in the folder. OSError if the disk is full or the folder cannot be read,
     UploadError if the bucket cannot be reached.
     """
     with open_bucket(where, flag) if isinstance(where, Url) else open_folder(where, flag) as storage:

@@ -54,14 +54,16 @@ class OpenBackend:
 def resolve_here(settings: Settings, card: Card) -> Settings:
     """Return the settings with device, precision, runtime and batch size `auto` resolved for this machine.
 
-    On the CPU, an `auto` batch size is resolved, too; on a GPU, AUTO_BATCH remains (see `OpenBackend.auto_batch`). For
-    a cluster, only device `auto` is resolved here, to cpu, if no GPUs are to be used or the runtime is openvino;
-    `open_backend` resolves the rest on the cluster.
+    If only torch can run the network, runtime `auto` becomes torch. If no GPUs are to be used or the runtime is
+    openvino, device `auto` becomes cpu. For a cluster, nothing else is resolved here; `open_backend` resolves the rest
+    on the cluster. On the CPU, an `auto` batch size is resolved, too; on a GPU, AUTO_BATCH remains (see
+    `OpenBackend.auto_batch`).
 
     `card`: card of the network.
 
-    InputError if the runtime cannot run the network, the device cannot be used or not be combined with the runtime or
-    the precision, or the device is one numbered GPU (such as cuda:1) and the backend is ray.
+    InputError if the runtime cannot run the network, or the backend is ray and the device is one numbered GPU (such as
+    cuda:1). Unless a cluster is to be joined, also InputError if this machine cannot use the device, or the device
+    cannot be combined with the runtime or the precision.
     """
     settings = replace(settings, infer=card.supported(settings.infer))
     name = settings.infer.device
@@ -82,15 +84,17 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
 
     With backend local, slides run in this process. If the settings name a cluster, it is joined at once: Ray's
     environment variables are set and stay set, stdout is redirected to the run's ray.log, and the other `auto` settings
-    are resolved. Otherwise, Ray starts on this machine once slides are run, unless one process suffices for them.
+    are resolved. Otherwise, Ray starts on this machine once slides are run, unless the backend is auto and one process
+    suffices for them (see `runs_in_process`).
 
     `layout`: paths of the run's results. `predicts`: False for a run without networks, whose `auto` settings are not
     resolved on a cluster.
 
-    InputError if the settings request more than is available, no cluster answers, a node cannot use the device, or a
-    node does not see the output folder. OSError if the test file for the latter cannot be written, RayError if a
-    process on a node dies. The `run` of the backend raises the errors of `Executor.run`, and HoverBatchError if Ray
-    does not start.
+    If Ray is to run on this machine, InputError if the settings request more than the machine has. For a cluster,
+    InputError if none answers or it refuses the token, no node has a CPU core, or a node cannot use the device, cannot
+    run hover-batch or does not see the output folder. OSError if the test file for this folder cannot be written,
+    RayError if the process that resolves `auto` settings dies. The `run` of the backend raises the errors of
+    `Executor.run` and, if it starts Ray, those of `cluster.started`.
     """
     if settings.engine.backend == "local":
         yield OpenBackend(settings, _run_in_process)

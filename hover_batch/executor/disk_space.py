@@ -45,8 +45,9 @@ class DiskSpace:
 
         If the run is paused already, nothing happens.
 
-        `slide_id`: slide that was being written; None if there is none. `error`: error of the write. If it is
-        ScratchFull, the full disk is that of the folder for copies that it names; otherwise, it is that of `folder`.
+        `slide_id`: slide that was being written; None if there is none. `error`: error of the write. A ScratchFull
+        names the folder for copies whose disk is full; for other errors, the disk of `folder` is full. If the folder
+        for copies does not exist on this machine, `available` checks `folder` instead.
         """
         if self.full:
             return
@@ -68,11 +69,12 @@ class DiskSpace:
         """Return whether the run can continue; do not wait.
 
         True unless the run is paused because the disk is full. While it is paused, try to reserve NEEDED_BYTES in a
-        temporary file, at most every CHECK_EVERY_S seconds, or less often if the disk fills up again and again. A
-        reservation also respects quotas, which the amount of free space does not show. If it succeeds, the pause ends:
-        `full` is reset, the user gets a message, and the event `disk_has_room` is logged.
+        temporary file, at most every CHECK_EVERY_S seconds. This interval doubles each time that the disk fills up
+        again at once, up to MAX_WAIT_S. A reservation also respects quotas, which the amount of free space does not
+        show. If it succeeds, the pause ends: `full` is reset, the user gets a message, and the event `disk_has_room` is
+        logged.
 
-        OSError if the reservation fails for a reason other than a full disk.
+        OSError if the temporary file cannot be written although the disk is not full.
         """
         if self.full and time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + self._wait_s
@@ -83,9 +85,9 @@ class DiskSpace:
         return not self.full
 
     def wait(self) -> None:
-        """Block until `available` returns True, which is at once unless the run is paused.
+        """Block while the run is paused: poll `available` until it returns True.
 
-        OSError if a check fails, unless the reason is a full disk.
+        Return at once if the run is not paused. Errors of `available` propagate.
         """
         while not self.available():
             time.sleep(0.2)

@@ -59,7 +59,10 @@ class WorkerDied(HoverBatchError):
 
 
 def verdict_on(error: BaseException) -> Verdict:
-    """Return the verdict on `error`: that of a WorkerDied, DISK_FULL for a full disk, or else that in VERDICTS.
+    """Return the verdict on `error`.
+
+    A WorkerDied carries its verdict. A full disk gives DISK_FULL. For other errors, the first matching class in
+    VERDICTS decides.
 
     `error`: exception that a task or the driver raised, or that Ray raised in place of a task.
     """
@@ -73,7 +76,8 @@ def verdict_on(error: BaseException) -> Verdict:
 def cause_of(error: RayError, process: str = "its process") -> Exception:
     """Return the exception behind Ray's `error`: what the task raised, or WorkerDied if its process died.
 
-    If the task raised an exception that cannot be pickled, return a RuntimeError with the last line of its text.
+    If the task raised a RayError, or an exception that cannot be pickled, return a RuntimeError with the last line of
+    the text of `error`.
 
     `process`: name of the process, for the message of WorkerDied.
     """

@@ -49,8 +49,8 @@ class LocalExecutor(Executor):
         the others. Call it from the main thread, which receives signals.
 
         PackageError if the model cannot be loaded, TooManyFailures if more slides failed than the settings allow,
-        OSError if the run's records cannot be written. KeyboardInterrupt as soon as possible after one of
-        `interrupts.SIGNALS`, such as Ctrl-C.
+        OSError if the run's records cannot be written, or the disk space cannot be checked. KeyboardInterrupt as soon
+        as possible after one of `interrupts.SIGNALS`, such as Ctrl-C.
         """
         # The network computes without Python's lock: meanwhile, post-processing can be loaded.
         card, post = self.context.package.card, self.context.settings.post

@@ -31,13 +31,15 @@ class TaskFailed:
 def task_resources(engine: EngineSettings, log: Path) -> Iterator[Resources]:
     """Yield the CPU cores and GPUs for `map_tasks`, and start or join a Ray cluster for it unless the backend is local.
 
-    With a cluster, stdout is redirected to `log` while the block runs, and Ray's environment variables are set and stay
-    set. The cluster is stopped or left when the block ends.
+    Unless the backend is local, stdout is redirected to `log` while the block runs, and Ray's environment variables are
+    set and stay set. While Ray starts, stderr is redirected, too, unless it is a terminal. The cluster is stopped or
+    left when the block ends.
 
     `engine`: settings that choose the backend (auto counts as ray), name a cluster and limit the resources. `log`: file
     to which Ray's output is appended.
 
-    InputError if the settings request more than is available, no cluster answers, or Ray does not start.
+    InputError if the settings request more than is available, Ray does not start, no cluster answers, or it refuses the
+    token or has no node with a CPU core. OSError if the temporary folder of a new cluster cannot be created.
     """
     settings = Settings(engine=engine)
     if engine.backend == "local":
@@ -71,8 +73,9 @@ def map_tasks(
 
     A failed task does not stop the others. With `backend` "local", the items are processed in this process, in order.
     Otherwise they are processed on the cluster that `task_resources` started or joined, and yielded in the order in
-    which they end. Function, items and results must then be picklable. A task whose process dies is retried as often as
-    a slide's task before it fails.
+    which they end. Function, items and results must then be picklable. A task whose process dies is started again,
+    unless it has already been started MAX_STRIKES (2) times or, if its node was lost, MAX_TIMES[NODE_LOST] (5) times.
+    Then it fails.
 
     `function`: function of one item; its exceptions are yielded as TaskFailed. `items`: items to process. They are
     taken only as tasks start, so they may be endless; exceptions of their iterator propagate.

@@ -128,12 +128,12 @@ class NetworkPool:
     def continue_start(self, reference: Any) -> None:
         """Continue the start of a network: load it once its node is known, or mark it ready once it has loaded.
 
-        The key `reference` is removed from `starting`; if the network is now loading, its new key is added. A network
-        whose process dies is removed, as in `handle_failure`.
+        The key `reference` is removed from `starting`; if the network is now loading, its new key is added. If the
+        process of the network has died, `handle_failure` removes the network.
 
         `reference`: key of `starting` whose result is available.
 
-        PackageError if the package cannot be loaded; HoverBatchError if loading fails for another reason, or too many
+        PackageError if the package cannot be loaded. HoverBatchError if loading raises another error, or too many
         starts failed in a row.
         """
         network = self.starting.pop(reference)
@@ -189,8 +189,8 @@ class NetworkPool:
     def report_dead(self) -> bool:
         """Kill the unreachable networks that count as dead by now, and report each. Return whether there were any.
 
-        A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. It is reported
-        by calling the function that was given to `handle_failure`, whose errors propagate.
+        A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. To report it,
+        the function that was given to `handle_failure` is called; its errors propagate.
         """
         unreachable, self._unreachable = self._unreachable, []
         for network, error, report in unreachable:
@@ -229,8 +229,9 @@ class NetworkPool:
     def adapt(self, max_networks: int) -> None:
         """Remove networks on lost nodes from the pool, then stop others until at most `max_networks` are left.
 
-        Networks that are still loading are stopped first, then those with the fewest units in progress. Units in
-        progress are retried in other networks.
+        A network whose node is not known yet is also removed if any node was lost since it was started. Networks that
+        are still loading are stopped first, then those with the fewest units in progress. Units in progress are retried
+        in other networks.
         """
         for network in [n for n in self._networks if not self._node_is_up(n)]:
             self._remove(network)  # Ray ends its calls with an error, after which its units are retried

@@ -50,6 +50,8 @@ class ClusterNodes:
     def resources(self) -> Resources:
         """CPU cores, GPUs and memory in bytes of all live nodes, as of the last query, whether in use or not.
 
+        A node that does not report its memory counts with 8 GiB.
+
         InputError if no node has a CPU core.
         """
         if not self._nodes:
@@ -70,7 +72,7 @@ class ClusterNodes:
         `plan`: plan until now. `context`: context of the run.
 
         InputError if a new node does not see the output folder, cannot run hover-batch, or its processes die at once.
-        OSError if the test file cannot be written, unless the disk is full.
+        OSError if the test file cannot be written although the disk is not full.
         """
         if time.monotonic() >= self._refresh_at:
             self.refresh()
@@ -121,13 +123,15 @@ class ClusterNodes:
             ray.wait(calls, num_returns=len(calls), timeout=wait_s)
 
     def refuse_unshared(self, folder: Path, wait: bool = False) -> None:
-        """Raise InputError if a node does not see the files that this process writes into `folder`, the output folder.
+        """Check that every node sees the files that this process writes into `folder`, the output folder.
 
         A hidden test file is created there, and removed once all nodes have answered. Nodes that have answered are not
-        asked again. `wait`: if True, wait for all answers; if False, a later call reads those that are pending.
+        asked again. A node has VISIBLE_WITHIN_S seconds to see the file.
 
-        InputError, too, if a node cannot run hover-batch or its processes die at once. OSError if the test file cannot
-        be written.
+        `wait`: if True, wait for all answers; if False, a later call reads those that are pending.
+
+        InputError if a node does not see the test file, cannot run hover-batch, or its processes die for NOTICED_S
+        seconds while the node is live. OSError if the test file cannot be written.
         """
         all_answered = self._ask(folder, wait)
         while wait and not all_answered:

@@ -25,9 +25,9 @@ MAX_LINE_EVERY_S = 600.0
 class CohortProgress:
     """Progress of a run's slides, and of the tiles and regions of the slides that have begun.
 
-    It is shown on stderr: as bars on a terminal, else as lines of text; or as lines of JSON if `log_format` is json.
-    Use it as a context manager, which restores the terminal, and from one thread, except `say`, `warn` and
-    `show_uploads`. `slides`: number of slides in all.
+    It is shown on stderr: as lines of JSON if `log_format` is json, otherwise as bars on a terminal, and as lines of
+    text elsewhere. Use it as a context manager, which restores the terminal, and from one thread, except `say`, `warn`
+    and `show_uploads`. `slides`: number of slides in all.
     """
 
     def __init__(self, slides: int, log_format: LogFormat = LogFormat.text) -> None:

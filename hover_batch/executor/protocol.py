@@ -31,9 +31,9 @@ class Executor(Protocol):
         Call it from the main thread, which receives signals.
 
         Errors that are not caused by a slide stop the cohort: PackageError if the model cannot be loaded,
-        HoverBatchError if its process dies repeatedly, InputError if a node of the cluster cannot be used, and OSError
-        if the run's records cannot be written. TooManyFailures if more slides failed than the settings allow.
-        KeyboardInterrupt after one of `interrupts.SIGNALS`, such as Ctrl-C.
+        HoverBatchError if the process of a network dies repeatedly, InputError if a node of the cluster cannot be used,
+        and OSError if the run's records cannot be written. TooManyFailures if more slides failed than the settings
+        allow. KeyboardInterrupt after one of `interrupts.SIGNALS`, such as Ctrl-C.
         """
         ...
 

@@ -86,9 +86,9 @@ class RayExecutor(Executor):
         the first Ctrl-C or other signal of `interrupts.SIGNALS`, wait for the tasks in progress and then raise
         KeyboardInterrupt; after a second one, raise it at once. Call it from the main thread, which receives signals.
 
-        PackageError if the model's package cannot be loaded, HoverBatchError if its network cannot be loaded for
-        another reason or its process dies repeatedly. TooManyFailures if more slides failed than the settings allow,
-        InputError if a node cannot be used, and OSError if the run's records cannot be written.
+        PackageError if the model's package cannot be loaded, HoverBatchError if loading its network raises another
+        error, or its process dies repeatedly. TooManyFailures if more slides failed than the settings allow, InputError
+        if a node cannot be used, and OSError if the run's records cannot be written.
         """
         self._waiting = deque(slides)
         patience_ends = time.monotonic() + PATIENCE_S

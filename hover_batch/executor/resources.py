@@ -81,7 +81,7 @@ class Resources:
 
         `settings`: settings of the run.
 
-        InputError if they request more than is available.
+        InputError if `--cpus` or `--gpus` is more than the nodes have.
         """
         engine = settings.engine
         if engine.cpus > self.cpus:
@@ -98,7 +98,7 @@ class Resources:
     def at_most(self, settings: Settings) -> Resources:
         """Return the CPU cores and GPUs that the settings request, or all of them if fewer are available.
 
-        They are taken from the nodes as in `limited`. Use it for a cluster, to which nodes may still be added.
+        `limited` takes them from the nodes in the same way. Use it for a cluster, to which nodes may still be added.
 
         `settings`: settings of the run.
         """
@@ -189,8 +189,8 @@ def engine_plan(
 ) -> EnginePlan:
     """Return a plan that shares `resources` among networks, readers and post-processing.
 
-    Each node is shared separately. The plan has at least one network; on GPUs, it has at least as many as the settings
-    request, even if the cluster does not have the GPUs yet.
+    Each node is shared separately. Unless `predicts` is False, the plan has at least one network; on GPUs, it has at
+    least as many as the settings request, even if the cluster does not have the GPUs yet.
 
     A network on the CPU reserves its threads, but never the last core of a node, since it would wait forever for
     readers. It may still compute on that core, which readers leave mostly idle. A quarter of a node's memory is for
@@ -276,7 +276,7 @@ def resource_lines(settings: Settings, card: Card, slides: Sequence[PlannedSlide
     `settings`: settings in effect. `card`: card of the model. `slides`: slides of the cohort, whose tiles decide
     whether Ray is used.
 
-    InputError if the settings request more than this machine has.
+    InputError if Ray is to run on this machine and the settings request more than it has.
     """
     engine = settings.engine
     reason = [in_process_line(slides)] if runs_in_process(engine, slides) else []

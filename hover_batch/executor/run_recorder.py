@@ -49,8 +49,8 @@ class RunRecorder:
     def log_event(self, event: str, **values: Any) -> None:
         """Append an event to the run's log, events.jsonl; it is dropped if the disk is full.
 
-        `event`: name of the event. `values`: its JSON values by name. OSError if the log cannot be written for another
-        reason.
+        `event`: name of the event. `values`: its JSON values by name. OSError if the log cannot be written although the
+        disk is not full.
         """
         self._ledger.events.append(event, **values)
 
@@ -64,11 +64,11 @@ class RunRecorder:
         self._failed(record, Stage.OPEN, reason)
 
     def skip_done(self, slide: PlannedSlide) -> bool:
-        """Return whether an earlier start with the same run key finished the slide, so that it is skipped.
+        """Return whether to skip the slide, because an earlier start with the same run key finished it.
 
         If so, count it as finished, call `on_done`, and remove the files of its sample and, if the settings say so, its
-        predictions. With --stop-at, a slide whose density is already estimated precisely enough counts as finished,
-        too; its files stay, and `on_done` is not called.
+        predictions. With --stop-at, also skip a slide whose density is already estimated precisely enough: count it as
+        finished, keep its files and do not call `on_done`.
 
         OSError if a file cannot be read or removed. Errors of `on_done` propagate.
         """
@@ -84,7 +84,7 @@ class RunRecorder:
         return True
 
     def skip_quarantined(self, slide: PlannedSlide, *, retry: bool) -> bool:
-        """Return whether an earlier start with the same run key quarantined the slide, so that it is skipped.
+        """Return whether to skip the slide, because an earlier start with the same run key quarantined it.
 
         If so, record it as failed. `retry`: if True, end the quarantine instead and return False.
 
@@ -103,7 +103,7 @@ class RunRecorder:
         return True
 
     def was_begun(self, slide: PlannedSlide) -> bool:
-        """Return whether an earlier start of the run has begun `slide`; True if the slide's folder exists."""
+        """Return whether the folder of `slide` exists, which means that an earlier start of the run has begun it."""
         return self._ledger.layout.slide(slide.record.slide_id).folder.exists()
 
     def begin(self, slide: PlannedSlide) -> SlideLayout:
@@ -234,7 +234,7 @@ class RunRecorder:
             discard_predictions(slide)
 
     def withdraw(self, slide: PlannedSlide) -> None:
-        """Remove the tiles and regions of `slide` that are not done from the progress.
+        """Subtract the tiles and regions of `slide` that are not done from the totals of the progress.
 
         Call it if the slide has failed or will start again.
         """

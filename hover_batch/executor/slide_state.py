@@ -201,9 +201,9 @@ class SlideState:
     def retry_later(self, task: Task, unit_cells: tuple[tuple[int, int], ...], now: float) -> SlideError | None:
         """Schedule a retry of a task that did not find the results of some units, and return None.
 
-        A region waits for those of the units that are not predicted yet. In other cases, the results should exist, but
-        the file system may not show them yet: the task is retried RETRY_S seconds after `now`. After
-        MAX_TIMES[Verdict.RETRY] such faults, return the error with which the slide must fail.
+        If some of the units are not predicted yet, a region waits for them. In other cases, the results should exist,
+        but the file system may not show them yet: the task is retried RETRY_S seconds after `now`. Instead of the retry
+        number MAX_TIMES[Verdict.RETRY], return the error with which the slide must fail.
 
         `task`: the task. `unit_cells`: (column, row) in the unit grid of each unit whose results are missing. `now`:
         time in seconds.
@@ -289,10 +289,11 @@ class OpenSlides:
     def take_tasks(
         self, running: Counter[Stage], max_surveys: int, max_posts: int, now: float
     ) -> Iterator[tuple[SlideState, Task]]:
-        """Yield the tasks to submit now, except those of units, and remove them from the queues.
+        """Yield the surveys, regions and finalizations to submit now, and remove them from the queues.
 
         Tasks whose retry is due are queued first. Surveys and finalizations come before regions, since a finalization
-        ends a slide. In both groups, the tasks of the oldest slide come first.
+        ends a slide. In both groups, the tasks of the oldest slide come first. The survey and the finalization of a
+        slide on hold wait; its regions do not.
 
         `running`: number of tasks in progress, by stage. `max_surveys`: maximum number of surveys in progress.
         `max_posts`: maximum number of regions and finalizations in progress. `now`: time in seconds.
@@ -328,8 +329,8 @@ class OpenSlides:
         the run. If only the disk for copies is full and another slide can still end and free some space, DISK_FULL puts
         this slide on hold instead.
 
-        `now`: time in seconds. `reduced`: whether the number of tasks was reduced after the task was submitted, so that
-        memory may suffice now.
+        `now`: time in seconds. `reduced`: whether the number of tasks was reduced after the task was submitted; memory
+        may then suffice now.
         """
         if slide.ended:
             return None

@@ -61,10 +61,15 @@ class Uploaded:
 
 
 class RunUpload:
-    """Uploads of one run, in a thread of their own. Failed uploads are repeated, and fail no slide.
+    """Uploads of one run, in a thread of their own. A failed upload does not fail its slide.
 
-    `url`: folder in cloud storage. `layout`: paths of the run's results. Use it as a context manager, which waits for
-    all uploads at the end, unless the run was interrupted. InputError if the folder cannot be written.
+    Failed uploads are repeated each time that another slide is added, and once when the block ends. Once GIVE_UP_AFTER
+    uploads in a row have failed with an UploadError, the others wait for the next time.
+
+    Use it as a context manager. At the end of the block, it also uploads the files of the whole run, and waits. If the
+    block raised an exception other than TooManyFailures, it stops instead, and waits at most STOP_WAIT_S seconds.
+
+    `url`: folder in cloud storage. `layout`: paths of the run's results. InputError if the folder cannot be written.
     """
 
     def __init__(self, url: Url, layout: RunLayout) -> None:
@@ -91,8 +96,8 @@ class RunUpload:
         an event to the run's log. `force`: if True, remove the results in the folder first, instead of checking it;
         files that the layout does not name stay.
 
-        InputError if the folder holds anything else, cannot be read or cannot be written. SettingsChanged if it holds a
-        run of other settings, or a finished slide with another run key. OSError if the log cannot be written or
+        InputError if the folder holds files but no run, cannot be read or cannot be written. SettingsChanged if it
+        holds a run of other settings, or a finished slide with another run key. OSError if the log cannot be written or
         run.json cannot be read.
         """
         self._progress, self._log = progress, log
@@ -145,7 +150,7 @@ class RunUpload:
         self._folder.remove(others)
 
     def add(self, slide_id: str) -> None:
-        """Queue the finished slide `slide_id` for the thread that uploads, and show the progress. Return at once."""
+        """Queue the finished slide `slide_id` for upload, and show the progress. Return at once. Call `begin` first."""
         self._slides += 1
         self._left[slide_id] = ""
         self._wake.set()

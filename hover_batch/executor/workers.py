@@ -158,8 +158,8 @@ def post_region(work: SlideWork, index: int) -> Seconds:
 def finalize_slide(work: SlideWork, seconds: Seconds) -> dict[str, Any] | None:
     """Write the tables and pictures of a slide or of its estimate. Return the content of slide.json or estimate.json.
 
-    The caller writes that file. The result is None if the density is not estimated precisely enough, so that another
-    look is needed. Threads are limited and GPUs hidden in this process (see `limit_threads`).
+    The caller writes that file. If the density is not estimated precisely enough, the result is None, and another look
+    is needed. Threads are limited and GPUs hidden in this process (see `limit_threads`).
 
     `work`: slide, or clusters of a look, whose units are all done. `seconds`: times of the slide's earlier stages.
 
@@ -206,7 +206,7 @@ class InferActor:
         self.predictor = self.load(self.package, self.settings)
 
     def infer(self, work: SlideWork, index: int) -> Seconds:
-        """Predict the unit `work.units[index]`, and write its maps to the slide's store. Return the seconds by stage.
+        """Run the network on the unit `work.units[index]`, and store its maps. Return the seconds by stage.
 
         Pixels are read by tasks in other processes (see `read_blocks`). If the maps are stored already, they are not
         predicted again.

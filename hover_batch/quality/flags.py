@@ -210,8 +210,10 @@ RULES = (
 def flag_slides(slides: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[Flag, ...]]:
     """Return the flags of each slide of a cohort, by slide_id; an empty tuple for a slide without flags.
 
-    A measure of a slide is compared with those of the other slides if at least MIN_COHORT slides have it. Measures that
-    are missing in slide.json, because an older version wrote it, give no flags.
+    Measures are compared with the limits of the model's card, which slide.json holds, or with LIMITS for measures that
+    the card lacks. The density and area of the nuclei, the sharpness, seg_score and type_prob of a slide are also
+    compared with the median of the cohort, if at least MIN_COHORT slides have them. Measures that are missing in
+    slide.json, because an older version wrote it, give no flags.
 
     `slides`: content of slide.json by slide_id.
     """

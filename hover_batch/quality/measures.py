@@ -80,9 +80,10 @@ def sharpness(hematoxylin: NDArray[np.uint8], near: NDArray[np.bool_]) -> float 
     """Return the sharpness of the nuclei of a field; None if too few pixels are near nuclei.
 
     It is about 2 in a sharp field, 0.5 in a blurred one, and 0 in a uniform one. The field is first reduced to means of
-    2 × 2 inference pixels, so that 20× and 40× scans can be compared. The sharpness is the square root of the ratio of
-    two energies per reduced pixel, those of the Laplacian and the gradient. It measures the mean spatial frequency, and
-    does not depend on contrast and stain. At least 200 reduced pixels near nuclei are needed.
+    2 × 2 inference pixels, so that 20× and 40× scans can be compared. The sharpness is the square root of the energy of
+    the Laplacian divided by the energy of the gradient, both without the part that comes from rounding the densities.
+    It measures the mean spatial frequency, and does not depend on contrast and stain. At least 200 reduced pixels near
+    nuclei are needed.
 
     `hematoxylin`: stored optical densities, (y, x) uint8 in inference pixels. `near`: whether a pixel is near a
     nucleus, where densities are stored, (y, x) bool.

@@ -17,7 +17,7 @@ _PADDING = 3
 def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, float]:
     """Return the measures `ink`, `brown`, `chroma` and `dark` of a thumbnail, by name.
 
-    Thumbnails with pixels finer than 4 µm are first reduced to 4 µm per pixel, and the measures are those of the
+    Thumbnails with pixels finer than 4 µm are first reduced to 4 µm per pixel, and the measures are taken of the
     reduced thumbnail. Pixels whose R, G and B are all at most 3 count as not scanned. Stained pixels are scanned, have
     an optical density above 0.2 in at least one channel, and differ by more than 20 between channels. Shares are from 0
     to 1.
@@ -25,8 +25,8 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
     - `ink`: share of all pixels that have the colour of a pen (blue, green, red or black) and lie in spots of at least
       3 × 3 such pixels. Black pixels are scanned, have R, G and B below 60, and differ by less than 12 between
       channels.
-    - `brown`: share of the stained pixels that absorb more blue than green and red, as DAB does; 0 if no pixel is
-      stained.
+    - `brown`: share of the stained pixels that absorb more blue than red, and over 10 % more blue than green, as DAB
+      does; 0 if no pixel is stained.
     - `chroma`: 95th percentile over the scanned pixels of the largest of R, G and B minus the smallest (0 to 255); 0 if
       no pixel was scanned.
     - `dark`: share of all pixels whose R, G and B are below 200, including those that were not scanned.

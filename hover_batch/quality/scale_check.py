@@ -1,4 +1,4 @@
-"""Check a slide's pixel size by its nuclei: predict the densest field as if its pixels had other sizes."""
+"""Check a slide's pixel size by its nuclei: run the model on the densest field as if its pixels had other sizes."""
 
 from __future__ import annotations
 
@@ -71,9 +71,11 @@ class Trial:
 def check_scale(record: SlideRecord, predictor: Predictor, tissue: TissueSettings) -> str:
     """Return a sentence that says which pixel size the nuclei of a slide on disk fit best.
 
-    The field with the most stained tissue is predicted at several pixel sizes. The sentence begins with "warning:" if
-    the nuclei fit another size better than the given one, or fit none. Without tissue or enough nuclei, it says that
-    the size was not checked. If nuclei are missing and the given size is unusual, this is a warning, too.
+    The model is run on the field with the most stained tissue, at the given size and at those multiples of it, from 0.1
+    to 10, that are usual for slides (USUAL_MPP). Sizes with fewer than 5 nuclei do not count. The sentence begins with
+    "warning:" if the nuclei fit another size better than the given one, or if no usual size gives nuclei of a plausible
+    area. Without tissue, it says that the size was not checked. If no size counts, it says the same, or it is a warning
+    if the given size is not usual.
 
     `record`: row of the slide in the cohort. `predictor`: network, with its card. `tissue`: settings of the tissue
     mask, in which the field is searched for.

@@ -23,8 +23,8 @@ HALO = 64
 def clusters_of(units: Sequence[Unit], canvas: Size, side: int) -> tuple[Unit, ...]:
     """Return the clusters that contain tiles of a slide's units, in raster order; empty if there are no tiles.
 
-    Each cluster is a unit of work: its column and row are those in the grid of clusters, and its box and its tiles
-    include the halo of HALO inference pixels.
+    Each cluster is a unit of work: its column and row are its position in the grid of clusters, and its box and its
+    tiles include the halo of HALO inference pixels.
 
     `units`: units of the slide. `canvas`: size of the slide in inference pixels. `side`: side of a cluster in inference
     pixels, without its halo; a multiple of the side of a tile.

@@ -36,7 +36,8 @@ class Draw:
     def looks(self) -> tuple[int, ...]:
         """Number of clusters in the sample of each look, increasing; empty if the slide is too small to be sampled.
 
-        The numbers are FRACTIONS of all clusters, rounded up, but at least MIN_CLUSTERS; equal numbers are one look.
+        The numbers are FRACTIONS of all clusters, rounded up, but at least MIN_CLUSTERS; equal numbers are one look. A
+        slide with fewer than 50 clusters is too small.
         """
         n = len(self.stratum)
         if FRACTIONS[-1] * n < MIN_CLUSTERS:
@@ -59,8 +60,8 @@ class Draw:
 def draw(tissue: NDArray[np.float64], stain: NDArray[np.float64], seed: int) -> Draw:
     """Divide n clusters into strata by tissue area and stain, and put each stratum in random order.
 
-    The clusters are divided into BY_TISSUE parts by tissue area, and each part into BY_STAIN strata by stain. The same
-    arguments give the same result.
+    The clusters are divided by tissue area into BY_TISSUE parts of equal numbers, and each part by stain into BY_STAIN
+    strata; numbers differ by at most one. The same arguments give the same result.
 
     `tissue`, `stain`: tissue area and mean stain of each cluster, (n,) float64, in any unit; only their order matters.
     `seed`: seed of the random numbers.

@@ -45,7 +45,7 @@ class Density:
     def is_within(self, share: float) -> bool:
         """Return whether the interval lies within ± `share` of the estimate; False if there is no interval.
 
-        Only the upper end is compared: the interval is symmetric, except that its lower end is never below 0.
+        Only the upper end is compared, because the lower end is never further from the estimate.
 
         `share`: fraction of the estimate, such as 0.05 for 5 %.
         """
@@ -76,8 +76,9 @@ class Sample:
     def density(self, counts: NDArray[np.integer]) -> Density:
         """Return the estimated density of the whole slide, in nuclei per mm² of tissue, with its interval.
 
-        There is no interval if fewer than MIN_CLUSTERS_WITH clusters have nuclei. It has no width if all clusters of
-        each stratum are alike, or all clusters of the slide are drawn.
+        There is no interval if fewer than MIN_CLUSTERS_WITH clusters have nuclei. It has no width if, in each stratum,
+        all clusters are drawn, or all drawn clusters differ equally from the count that the estimate predicts for their
+        tissue. The estimate is 0 if the sample has no tissue.
 
         `counts`: number of nuclei in each cluster of the sample, (n,) integers.
         """

@@ -17,9 +17,9 @@ ReadParts = Callable[[list[tuple[int, int]]], Iterable[bytes]]
 def fingerprint(path: Path, mpp: Mpp | None) -> str:
     """Return the fingerprint of the slide at `path`, a hex SHA-256 that identifies its content.
 
-    It covers `mpp`, and the size and the first, middle and last MiB of each of the slide's files. The files of a folder
-    are those in it and its subfolders. The files of an .mrxs slide are that file and those in the folder of the same
-    name. The fingerprint does not depend on path, host or time.
+    It covers `mpp`, and the size and the first, middle and last MiB of each of the slide's files. For a folder, all
+    files in it and in its subfolders count. For an .mrxs slide, that file and the files in the folder of the same name
+    count. The fingerprint does not depend on path, host or time.
 
     `path`: file, or folder of a DICOM slide. `mpp`: pixel size in µm that the cohort gives; None if it gives none.
 

@@ -60,8 +60,9 @@ class Header:
 def openslide_header(path: Path) -> Header:
     """Return the header of the file at `path`, which OpenSlide opens.
 
-    The pixel size is the one that OpenSlide reports. If it reports none and opens the file as generic-tiff, that of the
-    resolution tags is used. An Aperio slide that is smaller than its header says gets a warning.
+    The pixel size is the one that OpenSlide reports. If it reports none and opens the file as generic-tiff, the size in
+    the resolution tags is used. An Aperio slide that is smaller than its header says, with the same aspect ratio, gets
+    a warning, because it was probably reduced after the scan.
 
     SlideError if the file is a TIFF that OpenSlide would read wrongly or not at all, for example because it is
     truncated (see `check_for_openslide`). Errors of OpenSlide and tifffile propagate.
@@ -131,12 +132,13 @@ def is_ome(path: Path) -> bool:
 def ome_tiff_header(path: Path) -> Header:
     """Return the header of the OME-TIFF at `path`, which describes the largest of its images.
 
-    The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. Separate channels without
-    names count as red, green and blue, with a warning.
+    The pixel size comes from the OME-XML, or from the resolution tags if the XML has none. If the XML gives several
+    pixel sizes for images of this size, the header has none, and gives the reason. Separate channels without names
+    count as red, green and blue, with a warning.
 
     SlideError if the largest image is in another file, is not one complete plane of 8-bit RGB, has other axes than the
-    first image, or has separate channels with names other than Red, Green, Blue (or R, G, B) in this order. SlideError,
-    too, if another image in the file has more than half of its pixels. Errors of tifffile and the XML parser propagate.
+    first image, or has separate channels with names other than Red, Green, Blue (or R, G, B) in this order, or if
+    another image in the file has more than half of its pixels. Errors of tifffile and the XML parser propagate.
     """
     with tifffile.TiffFile(path) as tiff:
         series = list(tiff.series)
@@ -214,8 +216,8 @@ def _ome_size(pixels: Mapping[str, str]) -> StatedSize:
 def dicom_header(path: Path) -> Header:
     """Return the header of the slide in the DICOM folder `path`.
 
-    The pixel size is the pixel spacing of the largest level. Python warnings are suppressed in the whole process
-    meanwhile (see `quiet_wsidicom`).
+    The pixel size is the pixel spacing of the largest level. While the folder is read, Python warnings are suppressed
+    in the whole process (see `quiet_wsidicom`).
 
     InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
     the instances have no pixel spacing, or the pixels are not RGB with 8 bits per channel. Other errors of wsidicom
@@ -239,8 +241,8 @@ def dicom_header(path: Path) -> Header:
 def picture_header(path: Path) -> Header:
     """Return the header of the plain picture (PNG, JPEG or TIFF) at `path`, which has one level.
 
-    The pixel size of a TIFF is that of its resolution tags. The resolution of a PNG or JPEG is not used, since most
-    programs write any value; the header says so.
+    The pixel size of a TIFF comes from its resolution tags. The resolution of a PNG or JPEG is not used, since most
+    programs write any value; `size.unusable` of the header says so.
 
     SlideError if the picture is not supported (see `open_picture`), OSError if it cannot be read.
     """
@@ -263,10 +265,9 @@ def open_picture(path: Path) -> Image.Image:
     The picture's mode is 1 (bilevel), L, LA, P, RGB, RGBA, CMYK or YCbCr. Pillow's warnings about corrupted EXIF data
     are suppressed.
 
-    SlideError if the file has another format or mode, 16 bits per channel, more than MAX_PICTURE_PIXELS pixels, or an
-    orientation tag by which programs turn or flip the picture. SlideError, too, if it is a TIFF that Pillow would read
-    wrongly or not at all, for example because it is truncated (see `check_for_pillow`). OSError if the file cannot be
-    read.
+    SlideError if the file has another format or mode, 16 bits per channel, more than MAX_PICTURE_PIXELS pixels, an
+    orientation tag by which programs turn or flip the picture, or a TIFF structure that Pillow would read wrongly or
+    not at all, for example because the file is truncated (see `check_for_pillow`). OSError if the file cannot be read.
     """
     if (tiff := open_tiff(path)) is not None:
         with tiff:

@@ -45,7 +45,10 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
     `scale`: level-0 pixels per pixel of the result, for polygons only. A PNG keeps its own resolution, but is reduced
     to at most MAX_MASK_SIDE pixels a side.
 
-    InputError if the mask cannot be read, does not fit the slide, or has no tissue on it.
+    InputError if the mask cannot be read or has no tissue on the slide, or if a PNG has an orientation tag that turns
+    it, an ambiguous palette, or more than MAX_PICTURE_PIXELS pixels. For a slide with bounds, also InputError if more
+    than 1 % of the polygons' area lies outside of them, or a PNG has the aspect ratio of neither the bounds nor the
+    canvas, or of both but the size of neither. Without bounds, a PNG of another aspect ratio is stretched.
     """
     if _is_png(path):
         picture = _read_png(path)
@@ -62,13 +65,15 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
 def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None) -> list[str]:
     """Return warnings about a tissue mask of the cohort, as sentences for the user; an empty list if there are none.
 
-    There is a warning if the mask covers the whole slide, lies in part outside of it, has polygons of classes that
-    QuPath ignores, is so small that its unit is probably wrong, or is a PNG of another aspect ratio than the slide.
+    There is a warning if the mask covers the whole slide, lies outside of it by more than 1 %, has polygons of classes
+    that QuPath ignores, is so small that its unit is probably wrong, or is a PNG of another aspect ratio than the
+    slide.
 
     `path`: file of the mask, GeoJSON or PNG. `level0`: size of the slide's canvas in level-0 pixels; None to check only
     that the mask can be read. `bounds`: the slide's non-empty region in level-0 pixels; None if it has none.
 
-    InputError if the mask cannot be read, does not fit the slide, or has no tissue on it.
+    InputError if the mask cannot be read or, given `level0`, does not fit the slide or lies outside of it (see
+    `given_mask`).
     """
     return _check_png(path, level0, bounds) if _is_png(path) else _check_geojson(path, level0, bounds)
 

@@ -73,9 +73,10 @@ def stated_size(x: object, y: object, source: str, unit: str = "µm") -> StatedS
 def tiff_size(page: tifffile.TiffPage) -> StatedSize:
     """Return the pixel size that the resolution tags of a TIFF page give.
 
-    XResolution and YResolution are in pixels per unit. The unit is that of ResolutionUnit, or else the one that ImageJ
-    writes into the description. The result has no size if the tags are missing, or are 1 × 1 without a unit. If they
-    cannot be used for another reason, it has no size, and `unusable` gives the reason.
+    XResolution and YResolution are in pixels per unit. The unit comes from ResolutionUnit, or else from the
+    description, into which ImageJ writes one. If the tags are missing or 0, or are 1 × 1 without a unit, the result has
+    neither a size nor a reason. If they have another value that cannot be used, it has no size, and `unusable` gives
+    the reason.
 
     `page`: first page of the file.
     """

@@ -61,8 +61,8 @@ def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
 def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
     """Return the fsspec file system of a URL, and the slide's files in the order in which `fingerprint` hashes them.
 
-    The files of a folder are those in it and its subfolders. The files of an .mrxs slide are that file and those in the
-    folder of the same name. Listings that fsspec has cached are discarded first.
+    For a folder, these are all files in it and in its subfolders. For an .mrxs slide, they are that file and the files
+    in the folder of the same name. Listings that fsspec has cached are discarded first.
 
     `url`: URL of the slide's file or folder.
 

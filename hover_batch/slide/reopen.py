@@ -18,9 +18,9 @@ def reopen(record: SlideRecord, survey: Path) -> SlideReader:
 
     `record`: row of the slide in the run's slides.csv. `survey`: path of the run's survey.json for this slide.
 
-    SlideError if the slide does not exist, is in cloud storage, cannot be read, or is not the file that was segmented.
-    SlideError, too, if survey.json is corrupted, and OSError if it is missing or cannot be read. InputError if the
-    pixel size of the slide is unknown, or a DICOM folder holds several slides.
+    SlideError if the slide does not exist, is in cloud storage, cannot be read, or is not the file that was segmented,
+    or if survey.json is corrupted. OSError if survey.json is missing or cannot be read. InputError if the pixel size of
+    the slide is unknown, or a DICOM folder holds several slides.
     """
     if isinstance(record.path, Url):
         raise SlideError(f"{record.path} is in cloud storage, and is not downloaded for viewing")

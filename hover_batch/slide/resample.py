@@ -25,8 +25,8 @@ def taps(step: float, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray
     """Return the source pixels and the weights for output pixels `start` … `stop`−1 along one axis.
 
     The first array, (n,) int64, is the index of the first source pixel of each output pixel; it may lie outside of the
-    source. The second array, (n, taps) int32, has the weights of that pixel and those after it. They are those of
-    Catmull-Rom's cubic, widened if `step` is above 1, and sum to 2^14 for each output pixel.
+    source. The second array, (n, taps) int32, has the weights of that pixel and those after it. The weights sample
+    Catmull-Rom's cubic, which is widened if `step` is above 1, and sum to 2^14 for each output pixel.
 
     `step`: source pixels per output pixel, above 0.
     """

@@ -112,6 +112,8 @@ class OpenSlideSource:
     def read(self, level: int, box: Box) -> NDArray[np.uint8]:
         """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent parts are white.
 
+        In a level whose downsample is not a whole number, pixels may be shifted by up to half a level-0 pixel.
+
         `level`: index in `levels`. `box`: in pixels of that level; it must lie inside the level.
 
         Errors of OpenSlide propagate.
@@ -191,7 +193,9 @@ class DicomSource:
 class PictureSource:
     """Source for a PNG, JPEG or plain TIFF at `path`, decoded into memory, with one level.
 
-    SlideError if its format or its number of pixels is not supported. Errors of Pillow propagate.
+    Transparent parts become white.
+
+    SlideError if the picture is not supported (see `open_picture`). Errors of Pillow propagate.
     """
 
     def __init__(self, path: Path) -> None:

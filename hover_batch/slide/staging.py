@@ -77,16 +77,16 @@ class Copies:
     def staged(self, record: SlideRecord, expected: str) -> Iterator[SlideRecord]:
         """Yield the record with the path of a copy on this machine, which is made if it does not exist.
 
-        If another process is making the copy, wait for it. A failed copy is repeated, up to ATTEMPTS attempts in all.
-        The copy stays until `release` or `close`. The run's folder of copies is opened first (see `open`). A
-        HoverBatchError from the block is raised again with the URL in place of the copy's path in its message. For a
-        slide on disk, the record is yielded unchanged, and nothing else is done.
+        If another process is making the copy, wait for it. If copying fails with a SlideError, it is repeated, up to
+        ATTEMPTS attempts in all. The copy stays until `release` or `close`. The run's folder of copies is opened first
+        (see `open`). A HoverBatchError from the block is raised again with the URL in place of the copy's path in its
+        message. For a slide on disk, the record is yielded unchanged, and nothing else is done.
 
         `record`: row of the slide in the cohort. `expected`: fingerprint that the copy must have.
 
         InputError if the slide does not exist, access is denied, it is larger than the disk, or the folder for copies
         cannot be used. SlideError if the slide cannot be copied or its fingerprint differs. ScratchFull if there is no
-        space for the copy now, OSError if it cannot be written for another reason.
+        space for the copy now, OSError if its folder or lock file cannot be created.
         """
         if not isinstance(record.path, Url):
             yield record

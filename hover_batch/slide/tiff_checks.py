@@ -86,7 +86,7 @@ def check_for_pillow(path: Path, tiff: tifffile.TiffFile) -> None:
 def check_ome(path: Path, images: Sequence[tifffile.TiffPageSeries], largest: tifffile.TiffPageSeries) -> None:
     """Raise SlideError unless the largest image of an OME-TIFF is one complete plane of 8-bit RGB.
 
-    Also raise it if another image in the file has more than half of its pixels.
+    This image must also be the only one in the file with more than half as many pixels.
 
     `path`: path for messages. `images`: all images in the file. `largest`: the largest of them, which is read.
     """

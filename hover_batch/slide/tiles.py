@@ -48,9 +48,12 @@ class Unit:
 
 
 def tiles_near(grid: Grid, mask: TissueMask, tile_side: int) -> NDArray[np.bool_]:
-    """Return a bool array (row, column) of the tiles that cover the slide: whether tissue is within TISSUE_REACH.
+    """Return, for each tile that covers the slide, whether tissue is within TISSUE_REACH inference pixels of it.
 
-    `tile_side`: side in inference pixels of a tile's output without its margins.
+    The result is a bool array (row, column).
+
+    `grid`: inference grid of the slide. `mask`: tissue of the slide. `tile_side`: side in inference pixels of a tile's
+    output without its margins.
     """
     columns, rows = -(-grid.size.width // tile_side), -(-grid.size.height // tile_side)
     return mask.meets_product(
@@ -63,7 +66,7 @@ def tiles_near(grid: Grid, mask: TissueMask, tile_side: int) -> NDArray[np.bool_
 def plan_units(grid: Grid, mask: TissueMask, unit: int, tile_side: int) -> tuple[Unit, ...]:
     """Return the units with at least one tile within TISSUE_REACH inference pixels of tissue, in raster order.
 
-    Each unit has only those of its tiles. The choice of tiles does not depend on `unit`.
+    Tiles further from tissue are left out of their unit. The choice of tiles does not depend on `unit`.
 
     `grid`: inference grid of the slide. `mask`: tissue of the slide. `unit`: side of a unit in inference pixels.
     `tile_side`: side of a tile's output without its margins, in inference pixels.

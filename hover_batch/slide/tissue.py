@@ -93,7 +93,7 @@ class TissueMask:
     def polygons(self) -> shapely.MultiPolygon:
         """Return the outline of the tissue in level-0 pixels, along the edges of the mask pixels.
 
-        It is empty if there is no tissue. Its area is that of the mask.
+        It is empty if there is no tissue. It has the same area as the tissue pixels of the mask.
         """
         padded = np.pad(self.array, 1).astype(np.int8)
         # Edges between tissue and background, as segments from (x, y) to (x, y).
@@ -117,9 +117,9 @@ class TissueMask:
         """Write the outline to `path` as a GeoJSON FeatureCollection for QuPath; an existing file is replaced.
 
         It has one annotation of the class Tissue, or none if there is no tissue. Positions are in level-0 pixels from
-        the corner of `bounds`, as in the QuPath export of nuclei.
+        the corner of `bounds`, as the QuPath export of nuclei writes them.
 
-        `bounds`: the slide's non-empty region in level-0 pixels; None if it has none, so that positions start at the
+        `bounds`: the slide's non-empty region in level-0 pixels; None if it has none. Positions then start at the
         corner of the canvas.
 
         OSError if the file cannot be written.
@@ -144,8 +144,9 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
     the whole canvas counts as tissue if it is "all".
 
     Tissue is detected by its colour relative to the slide's own background. Grey, black, and green or blue pen are
-    excluded, but red pen is not. Pieces smaller than `settings.min_tissue_um2` are removed, and smaller holes are
-    filled. A canvas below 1 mm² is tissue as a whole, or not at all if it is nearly all background.
+    excluded, but red pen is not. Gaps up to about 48 µm wide are closed, pieces smaller than `settings.min_tissue_um2`
+    are removed, and smaller holes are filled. A canvas below 1 mm² is tissue as a whole if at least 2 % of it is
+    stained, and otherwise not at all.
 
     `reader`: open reader of the slide. `record`: row of the slide in the cohort. `settings`: settings of the tissue
     mask.
@@ -164,7 +165,10 @@ def tissue_mask(reader: SlideReader, record: SlideRecord, settings: TissueSettin
 
 
 def read_given_mask(path: Path, info: SlideInfo) -> TissueMask:
-    """Return the mask that the cohort gives in the file `path` for the slide of `info`. Errors as in `given_mask`."""
+    """Return the mask that the cohort gives in the file `path` for the slide of `info`.
+
+    Errors of `given_mask` propagate.
+    """
     array = given_mask(path, info.level0, info.bounds, _mask_scale(info.level0, info.mpp, GIVEN_MPP))
     return TissueMask(array, (info.level0.width / array.shape[1], info.level0.height / array.shape[0]), given=True)
 
