@@ -124,7 +124,8 @@ def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLike = (0, 0, 0)) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with the densities of its stains scaled and shifted.
 
-    The density of an intensity I is the natural logarithm -ln((I + 1) / 256). Results beyond 0 to 255 are clipped.
+    The optical density of an intensity I is -ln((I + 1) / 256). The density of each stain is multiplied by its factor,
+    and then its offset is added. Results outside 0 to 255 are clipped.
 
     `factors`, `offsets`: three values, for hematoxylin, eosin and the residual (stain vectors of Ruifrok & Johnston
     2001); offsets are in units of this density.

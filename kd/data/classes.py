@@ -92,7 +92,7 @@ def sources_by_class(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, li
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:
     """Return the class ids (y, x) uint8 of a source's class codes; None if `source` is not in CODES.
 
-    0 is the background in both. Nuclei without a class in `taxonomy` become 0, too.
+    0 is the background in both. Nuclei without a class in `taxonomy` also become 0.
 
     `codes`: class codes (y, x). `source`: name of the source. `taxonomy`: one of TAXONOMIES. `where`: file or image,
     for messages.

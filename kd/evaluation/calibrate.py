@@ -95,6 +95,9 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Return `cut`, `medians` and `trials` as JSON values by name, for the card. NaN becomes None.
 
+        `medians` has the keys h_min, h_max, v_min and v_max. `trials` is a list of dictionaries with the fields of
+        `Trial`.
+
         The card stores the constants separately.
         """
         return {"cut": self.cut, "medians": self.medians.to_json(), "trials": [plain(asdict(t)) for t in self.trials]}

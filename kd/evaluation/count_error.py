@@ -82,8 +82,8 @@ def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
 
     None if the images with nuclei are from fewer than MIN_SOURCES sources.
 
-    If no slide has several images, the variances of fields and slides cannot be separated. All of it then counts as
-    variance of slides, which does not decrease with the area.
+    If no slide has several images, the variances of fields and slides cannot be separated. Their sum is then assigned
+    to the slides, so it does not decrease with the area.
 
     `images`: images in which all nuclei are annotated; those with neither annotated nor predicted nuclei are not used.
     """

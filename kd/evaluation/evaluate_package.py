@@ -86,7 +86,16 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return the results without the picture as JSON values by name, for `kd tables` and for later comparisons.
 
-        The keys `shifts` and `against` are left out if they were not requested.
+        `model` is the package's name, `architecture` includes the encoder, and `label`, `sha256`, `data`, `folds`,
+        `sobel_norm`, `min_area_px` and `precision` describe the run. The results are:
+
+        - `sources`: by source, `SourceScores.to_json`;
+        - `by_image`: by source, `SourceScores.images_to_json`;
+        - `leakage`: a list of `Leak.to_json`;
+        - `cost`: `Cost.to_json`, with the times of `timing.timed` if they were measured;
+        - `shifts`, only if requested: a list of `ShiftScores.to_json`;
+        - `against`, only with a baseline: its `label`, `sha256`, `sobel_norm` and `min_area_px`, and `sources`, which
+          is `Paired.to_json` by source.
         """
         card = self.package.card
         report = {
@@ -151,13 +160,14 @@ def evaluate_package(
     the package's name. `shift`: also score the images after each of SHIFTS. `against`: another package, or the .json
     file of an earlier evaluation, to compare with; None for no comparison.
 
-    `picture`: draw the predictions next to the annotations. `beside`: another package whose predictions are drawn, too;
-    None for none. `time_network`: measure the time of patches and of a tile. `threads`: threads of each network on the
-    CPU; 0 for all cores. `notify`: called with lines about the progress.
+    `picture`: draw the predictions next to the annotations. `beside`: another package whose predictions are also drawn
+    in the picture; None for none. `time_network`: measure the time of patches and of a tile. `threads`: threads of each
+    network on the CPU; 0 for all cores. `notify`: called with lines about the progress.
 
-    Raises InputError if an argument is invalid, the data cannot be read or has no images in these folds, it is not
-    known which classes the data and a model have in common, or an image has too many nuclei to pair; PackageError if a
-    package cannot be read, its network cannot be compiled, or its record of the training is malformed.
+    Raises InputError if a package is for another pixel size, the file `against` cannot be read or its scores are of
+    other images, the data cannot be read or has no images in these folds, it is not known which classes the data and a
+    model have in common, or an image has too many nuclei to pair. Raises PackageError if a package cannot be read, its
+    network cannot be compiled, or its record of the training is malformed.
     """
     post = post or PostSettings()
     package = _package(model, "package")

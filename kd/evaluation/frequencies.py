@@ -44,7 +44,8 @@ class Reliability:
     nuclei: int
     """Number of nuclei."""
     ece: float
-    """Expected calibration error: mean difference of probability and frequency over the bins; NaN without nuclei."""
+    """Expected calibration error: mean absolute difference between `predicted` and `observed` over the bins, weighted
+    by their numbers of nuclei; NaN without nuclei."""
     predicted: tuple[float, ...]
     """Mean probability in each bin."""
     observed: tuple[float, ...]

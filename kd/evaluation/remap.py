@@ -87,7 +87,8 @@ def remap_of(data_taxonomy: Taxonomy, model_taxonomy: Taxonomy, source: str, typ
     - the model's classes if both taxonomies have the same classes;
     - THREE if one taxonomy is PanNuke's and the other is CoNSeP's.
 
-    With PAPER_CONSEP and THREE, CoNSeP's "other", which has no class in PanNuke, becomes miscellaneous.
+    If the source is `consep` and the data has PanNuke's classes, CoNSeP's "other" nuclei have no class in the data.
+    With PAPER_CONSEP and THREE, they become miscellaneous.
 
     `data_taxonomy`, `model_taxonomy`: classes of the data and of the model. `source`: name of the source. `typed`:
     whether the source has annotated types.

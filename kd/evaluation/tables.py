@@ -52,7 +52,7 @@ class Run:
 
     @property
     def sources(self) -> Mapping[str, Any]:
-        """Scores by source, as in `SourceScores.to_json`."""
+        """Scores by source, as `SourceScores.to_json` returns them."""
         sources: Mapping[str, Any] = self.report["sources"]
         return sources
 
@@ -96,7 +96,7 @@ class Table:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the evaluations in files that `kd evaluate --json` wrote, in the order of `paths`.
 
-    Raises InputError if a file cannot be read or is not an evaluation of this version. Also if two evaluations with the
+    Raises InputError if a file cannot be read or is not an evaluation of this version, or if two evaluations with the
     same label differ in architecture, `sobel_norm` or `min_area_px`, or are of the same model on the same images.
     """
     runs = [Run(path, _read(path)) for path in paths]

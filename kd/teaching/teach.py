@@ -86,10 +86,11 @@ def teach(
     `find_package`. `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and
     flips of each image, else 1. `engine`: settings of the backend. `notify`: called with lines about the progress.
 
-    Raises InputError if `tta` is invalid, the data cannot be read or has no image of a fold, the teacher does not fit
-    it, `cache` holds other outputs, or the backend's resources are not available; PackageError if the teacher cannot be
-    loaded or its output is not finite; HoverBatchError if Ray does not start; OSError if an output cannot be written.
-    The first task that fails ends the run with its error; the outputs stored so far remain.
+    Raises InputError if `tta` is not 1 or 8, the data cannot be read or has no image of a fold, the teacher is for
+    other classes or another pixel size or is not a HoVerNet system, `cache` cannot be created or holds other outputs,
+    or the backend's resources are not available; PackageError if the teacher cannot be loaded or its output is not
+    finite; HoverBatchError if Ray does not start; OSError if an output cannot be written. The first task that fails
+    ends the run with its error; the outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
