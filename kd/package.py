@@ -54,8 +54,8 @@ NOT_CALIBRATED = "none, because there are no validation images: the Sobel consta
 def package_path(config: TrainConfig) -> Path:
     """Return the path of the package in the output folder of the training with the settings `config`.
 
-    Its name is student.safetensors for a U-Net, teacher.safetensors for a HoVerNet, and dist.safetensors or
-    micronet.safetensors for the other systems.
+    Its name is student.safetensors for a U-Net and teacher.safetensors for both forms of HoVerNet. For other models it
+    is the model's name, such as dist.safetensors.
     """
     names = {"unet": "student", "hovernet-fast": "teacher", "hovernet-original": "teacher"}
     return config.out / f"{names.get(config.model, config.model)}.safetensors"
@@ -76,8 +76,10 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     missing folders are created, and an existing package is replaced. `threads`: threads of the network on the CPU; 0
     for all cores.
 
-    Raises InputError if the checkpoint or the data cannot be read, or the validation images are not those of the
-    training; PackageError if a weight is not finite; OSError if the package cannot be written.
+    Raises InputError if the checkpoint or the data cannot be read, the checkpoint's weights do not fit its settings,
+    the validation images or their annotations are not those of the training, there are neither annotated nor predicted
+    nuclei to calibrate on, or an image has too many nuclei to pair; PackageError if a weight is not finite; OSError if
+    the package cannot be written.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]

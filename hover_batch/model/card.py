@@ -109,9 +109,9 @@ class Card:
             )
 
     def supported(self, settings: InferSettings) -> InferSettings:
-        """Return `settings` with the runtime torch, if it is `auto` and only torch can run this model's network.
+        """Return `settings`, with the runtime torch if it is `auto` and only torch can run this model's network.
 
-        InputError if another runtime is wanted for such a network.
+        InputError if only torch can run the network, and the runtime is neither `auto` nor torch.
         """
         from hover_batch.model.heads import TORCH_SYSTEMS
 
@@ -127,8 +127,8 @@ class Card:
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON values by name; the inverse of `from_json`.
 
-        Entries that were added in later versions are left out if they have their default value, so that old packages
-        can be written again with the same bytes.
+        `limits`, `uncertainty`, `seam_exact` and `system` are left out if they have their default value. They were
+        added in later versions, and old packages must keep the same bytes when they are written again.
         """
         values = {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
         defaults = {"limits": {}, "uncertainty": {}, "seam_exact": True, "system": "hover"}

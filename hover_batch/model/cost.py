@@ -47,7 +47,8 @@ class Cost:
 def cost_of(network: nn.Module, card: Card) -> Cost:
     """Return the cost of a package's network. Only shapes are computed; the network is neither run nor changed.
 
-    The patch of a StoredNetwork is a tile, because it takes images of one size only.
+    The patch of a StoredNetwork is a tile, because it takes images of one size only. Its `parameters` are the constants
+    of its OpenVINO model.
 
     `network`: network of the package. `card`: card of the package, for the architecture and the sides of tiles.
 

@@ -44,7 +44,7 @@ class Predictor:
     Settings of this process are changed: on the CPU, torch's number of threads is set; on a GPU, cuDNN computes without
     TF32.
 
-    InputError if the device cannot be used; PackageError if the network cannot be compiled for it.
+    InputError if the device or the runtime cannot be used; PackageError if the network cannot be compiled for it.
     """
 
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
@@ -216,8 +216,8 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
     `package`: package on disk. `settings`: settings of inference, which may contain `auto`.
 
-    InputError if the device cannot be used, PackageError if the weights cannot be loaded or the network cannot be
-    compiled.
+    InputError if the device or the runtime cannot be used, PackageError if the weights cannot be loaded or the network
+    cannot be compiled.
     """
     card, resolved = package.card, resolve(package.card.supported(settings))
     if resolved.runtime != "openvino":
@@ -236,9 +236,10 @@ def auto_batch(package: Package, settings: InferSettings) -> int:
     """Return the batch size that inference with `settings` uses for `package` on this machine.
 
     The network is loaded, and released afterwards. With `--batch auto` on a GPU, the size is found in a trial of a few
-    seconds; otherwise it is that of `resolve`. Settings of this process are changed as by `load_predictor`.
+    seconds; otherwise it is the size that `resolve` returns. On the CPU, torch's number of threads in this process is
+    set; on a GPU, cuDNN computes without TF32 from then on.
 
-    InputError if the device cannot be used, PackageError if the network cannot be loaded or compiled.
+    InputError if the device or the runtime cannot be used, PackageError if the network cannot be loaded or compiled.
     """
     batch = load_predictor(package, settings).batch
     torch.cuda.empty_cache()  # for the processes that will use the GPU
@@ -293,8 +294,8 @@ def stain_density(rgb: Tensor) -> Tensor:
 def resolve(settings: InferSettings) -> InferSettings:
     """Return the settings with `auto` replaced by the device, precision and runtime for this machine.
 
-    A run records the result. On the CPU, an `auto` batch size is replaced, too. On a GPU, AUTO_BATCH remains, because
-    the batch size depends on the network (see `auto_batch`).
+    A run records the result. On the CPU, the batch size AUTO_BATCH is replaced by `InferSettings.batch`. On a GPU,
+    AUTO_BATCH remains, because the batch size depends on the network (see `auto_batch`).
 
     InputError if the device is not available, or if the runtime is openvino and the device is not the CPU or the
     precision is fp16 or bf16.

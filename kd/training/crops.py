@@ -183,7 +183,8 @@ def targets_of(
     """Return the targets of the branches np and tp, both (y, x) int64, as in `Targets`.
 
     Sources in PARTIAL outline only some of the nuclei, so their other pixels may be nuclei or background: np is UNKNOWN
-    everywhere, and tp is known only on typed nuclei.
+    everywhere, and tp is known only on typed nuclei. For other sources, np is known everywhere inside the image, and tp
+    on typed nuclei and on the background. Without annotated types, tp is UNKNOWN everywhere.
 
     `instances` (y, x) int32: nucleus ids, 0 = background, UNKNOWN outside the image. `types` (y, x) uint8: class ids, 0
     on nuclei without a class; None if types are not annotated. `source`: source of the image.

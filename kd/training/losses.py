@@ -257,9 +257,11 @@ class Loss:
     """Class weights for the teacher's predictions."""
 
     def of_batch(self, network: nn.Module, image: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the terms by name, and under `loss` the loss to minimise, of a `network` on a batch.
+        """Run `network` on a batch. Return the terms of the loss by name, and under `loss` the loss to minimise.
 
-        `image`: (b, 3, y, x) float32 in [0, 1]. The network computes in `training_autocast`, the loss in float32.
+        The network computes in `training_autocast`, the loss in float32.
+
+        `image`: (b, 3, y, x) float32 in [0, 1]. `targets`: targets of the batch.
         """
         with training_autocast(image.device):
             output = network(image)

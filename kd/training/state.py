@@ -73,8 +73,8 @@ class State:
 
         `config`: settings of the training. `record`: record of the training, as from `record_of`.
 
-        Raises InputError if the checkpoint cannot be read, or was written with other settings, images or annotations,
-        or another teacher.
+        Raises InputError if the checkpoint is corrupted or was written by an older version, with other settings, images
+        or annotations, or with another teacher; OSError if it cannot be read.
         """
         path = config.out / CHECKPOINT
         if not path.exists():
@@ -145,7 +145,7 @@ def record_of(
     - `saw_groups`: patients as source/group by part, where they are known;
     - `truth_sha256`: hash of the annotations by part;
     - `data`: counts by part and source (see `contents`);
-    - `teacher`: package hash, tta, name, licence and training of the teacher, or None;
+    - `teacher`: `sha256` (of the package), `tta`, `name`, `licence` and `training` of the teacher; None without one;
     - `before`: `origin`.
 
     `taxonomy`: classes of the network. `training`, `validation`: images. `teacher`: stored outputs; None without

@@ -51,7 +51,7 @@ def validation_loss(
 ) -> float:
     """Return the mean of the entry `loss` over the batches of `crops`; lower is better.
 
-    OpenCV is limited to one thread in this process (see `batches`).
+    In this process, torch's random seed is set to 0, and OpenCV is limited to one thread.
 
     `model`: network in evaluation mode, on `device`. `crops`: crops of the validation images. `loss`: its loss.
     `batch`: crops per batch. `device`: device of the network.
@@ -107,8 +107,9 @@ def examples(
 ) -> Image:
     """Return a picture (y, x, 3) uint8 RGB with one row for each of up to EXAMPLES images.
 
-    Its columns are the centre of the image, its annotations, the teacher's prediction if there is a teacher, and the
-    network's prediction. The images are evenly spaced in `samples`. The network sees mirrored pixels around the centre.
+    Its columns are the central EXAMPLE_SIDE × EXAMPLE_SIDE pixels of the image, the annotations, the teacher's
+    prediction if there is a teacher, and the network's prediction. A smaller image is cropped to multiples of 32
+    pixels. The images are evenly spaced in `samples`. The network sees mirrored pixels around the centre.
 
     `model`: network in evaluation mode, on `device`. `samples`: validation images, at least one. `device`: device of
     the network. `taxonomy`: classes of the network, the samples and the teacher. `teacher`: stored outputs; None
