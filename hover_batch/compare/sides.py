@@ -47,7 +47,7 @@ class Side:
         Loading sets the network to evaluation mode, and may move it to the device. In the whole process, torch's number
         of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU.
 
-        InputError if the device cannot be used, PackageError if the network cannot be compiled.
+        InputError if the device or the runtime cannot be used, PackageError if the network cannot be compiled.
         """
         return Predictor(self.network, self.card, self.settings)
 

@@ -165,7 +165,7 @@ class CohortDiff:
 
     @property
     def exit_code(self) -> int:
-        """Exit code: 4 if no slide is compared, 3 if limits are exceeded or a table cannot be read, otherwise 0."""
+        """Exit code: 4 if no slide is compared, 3 if there are `faults` or a table cannot be read, otherwise 0."""
         if not self.slides:
             return 4
         return 3 if self.faults or any(m.done_in == "both" for m in self.missing) else 0

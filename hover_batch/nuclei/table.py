@@ -71,7 +71,10 @@ class TableContext:
     def to_json(self) -> dict[str, Any]:
         """Return the entry `hover_batch` of the file's metadata, as JSON values by name.
 
-        The key `estimate` is left out for the table of a whole slide. `scalings` are not included.
+        The keys are `schema_version`, `software`, `slide_id`, `mpp` and `inference_mpp` (each with `x` and `y` in µm),
+        `mpp_source`, `level0` (`width`, `height`), `bounds` (`x0`, `y0`, `x1`, `y1`, or None), `inference_scale` (`x`,
+        `y`: level-0 pixels per inference pixel), `taxonomy`, `model` (`id`, `sha256`) and, unless the table is of a
+        whole slide, `estimate`. `scalings` are not included.
         """
         grid = self.grid
         return {

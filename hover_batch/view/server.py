@@ -122,7 +122,8 @@ def _json(value: dict[str, Any] | None) -> Answer | None:
 class Server(socketserver.ThreadingTCPServer):
     """Server that listens on loopback as soon as it is made, and answers once `site` is set and `serve_forever` runs.
 
-    `port`: 0 for any free port. InputError if it is taken. Each request is answered in a thread of its own.
+    Each request is answered in a thread of its own. `port`: 0 for any free port. InputError if the server cannot listen
+    on it, for example because it is taken.
     """
 
     site: Site
