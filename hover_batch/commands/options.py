@@ -62,7 +62,7 @@ def batch_size(text: str) -> int | str:
 
 
 def share(text: str) -> float:
-    """Parse a share, such as 5% or 0.05, and return it as a fraction (0.05). ValueError for any other text."""
+    """Return a share such as 5% or 0.05 as a fraction (0.05). ValueError if `text` is no number, with or without %."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -129,7 +129,7 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
     """Return the settings of a command.
 
     The order of precedence is option, environment variable, --config, `base`, default. Variables of `segment`'s options
-    count even if this command has no such option. The file of --class-map is read, too.
+    count even if this command has no such option. A class map is read from its file.
 
     `ctx`: context of the command, with its parameters; typer has already chosen between option and environment
     variable. `base`: nested settings, as in settings.toml; None if there are none.

@@ -57,7 +57,7 @@ class Outlines:
         return Outlines(self.ids[mask], self.types[mask], self.shapes[mask], self.boxes[mask])
 
     def joined(self, other: Outlines) -> Outlines:
-        """Return these nuclei followed by those of `other`."""
+        """Return these nuclei followed by the nuclei of `other`."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in ("ids", "types", "shapes", "boxes"))
         return Outlines(*map(np.concatenate, pairs))
 

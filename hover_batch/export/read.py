@@ -195,7 +195,7 @@ class NucleiTable:
         return [str(uuid.uuid5(NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
 
     def measurements(self, batch: pa.RecordBatch) -> list[dict[str, float]]:
-        """Return the values of the `measured` columns of each nucleus, by column, without those that are not finite.
+        """Return the finite values of the `measured` columns for each nucleus in `batch`, by column.
 
         A float32 becomes the shortest decimal number that reads back as the same float32, such as 0.1 instead of
         0.10000000149011612.
