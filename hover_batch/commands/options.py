@@ -62,7 +62,7 @@ def batch_size(text: str) -> int | str:
 
 
 def share(text: str) -> float:
-    """Return a share such as 5% or 0.05 as a fraction (0.05). ValueError if `text` is no number, with or without %."""
+    """Return a share such as 5% or 0.05 as a fraction (0.05). ValueError if it is not a number or percentage."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -132,7 +132,7 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
     count even if this command has no such option. A class map is read from its file.
 
     `ctx`: context of the command, with its parameters; typer has already chosen between option and environment
-    variable. `base`: nested settings, as in settings.toml; None if there are none.
+    variable. `base`: nested settings with the names in settings.toml; None if there are none.
 
     InputError if a file cannot be read, or for unknown names and invalid values.
     """

@@ -56,9 +56,9 @@ def compare(
     progress. One of them says what is measured and about how long it takes. `scorer`: function that scores a network on
     annotated images; None to omit this.
 
-    InputError if `places` is empty, a device cannot be used, or the pixel size of a slide is unknown; PackageError if a
-    network cannot be compiled; torch.OutOfMemoryError if a batch does not fit in the GPU's memory; SlideError if a
-    field cannot be read; OSError if a file cannot be written. Errors of `scorer` propagate.
+    InputError if `places` is empty, a device or a runtime cannot be used, or the pixel size of a slide is unknown;
+    PackageError if a network cannot be compiled; torch.OutOfMemoryError if a batch does not fit in the GPU's memory;
+    SlideError if a field cannot be read; OSError if a file cannot be written. Errors of `scorer` propagate.
     """
     if not places:
         raise InputError(

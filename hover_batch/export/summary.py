@@ -126,7 +126,7 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
 
 
 def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) -> None:
-    """Raise InputError if the summary's row of a finished slide lacks numbers of a class, as after an edit by a user.
+    """Raise InputError if the summary's row of a finished slide lacks numbers of a class, since somebody edited it.
 
     The numbers of nuclei must be integers; densities must be numbers if there are any.
 
@@ -187,9 +187,9 @@ def cohort_summary(
 def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parquet_path: Path) -> None:
     """Write the rows of a summary to a CSV and a Parquet file. Existing files are replaced.
 
-    The columns are those of `summary_schema`, the estimates if there are any, the seconds by stage, and the cohort
-    CSV's own columns as text. Missing values are empty in the CSV and null in Parquet. Numbers have six significant
-    digits in the CSV and full precision in Parquet.
+    The columns are, in this order: the columns of `summary_schema`, the estimates if there are any, the seconds by
+    stage, and the cohort CSV's own columns as text. Missing values are empty in the CSV and null in Parquet. Numbers
+    have six significant digits in the CSV and full precision in Parquet.
 
     `rows`: rows of the slides and of the cohort. `taxonomy`: classes of the nuclei. `csv_path`, `parquet_path`: files
     to write.

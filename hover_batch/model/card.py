@@ -37,7 +37,8 @@ _SOBEL = {"h_min", "h_max", "v_min", "v_max"}
 class Card:
     """Description of a model: architecture, classes, training data and scores.
 
-    PackageError if the tile sizes are invalid.
+    PackageError if `tile_out` is below 32, `tile_in` is above MAX_TILE (4096), or `tile_in` - `tile_out` is negative or
+    odd.
     """
 
     name: str
@@ -138,7 +139,7 @@ class Card:
     def from_json(cls, data: Any) -> Card:
         """Return the card in `data`, JSON values as `to_json` returns them. `data` may come from an untrusted file.
 
-        PackageError if an entry is missing, unknown or invalid, or the format is that of another version.
+        PackageError if a required entry is missing, an entry is unknown or invalid, or `format` is not FORMAT.
         """
         if not isinstance(data, Mapping):
             raise PackageError("the card is not a JSON object")

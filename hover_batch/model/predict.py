@@ -38,7 +38,7 @@ _SHORT = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Predictor:
     """Network on its device, ready to predict batches of tiles.
 
-    `network`: as `load_network` returns it, or an OpenVinoNetwork. `card`: card of its package. `settings`: may contain
+    `network`: result of `load_network`, or an OpenVinoNetwork. `card`: card of its package. `settings`: may contain
     `auto`. Call it from one thread at a time; threads that share it hold `turn`.
 
     Settings of this process are changed: on the CPU, torch's number of threads is set; on a GPU, cuDNN computes without
@@ -98,11 +98,12 @@ class Predictor:
         return doubled(cuda_trial(compute, self.card.tile_in, self.device))
 
     def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Pending:
-        """Begin to predict tiles; `Pending.result` returns their maps, as `predict` does.
+        """Start the network on tiles. `Pending.result` of the returned batch gives the maps that `predict` would
+        return.
 
         On a GPU, the call returns without waiting for the device, and `Pending.result` raises the errors of the device.
-        Otherwise the maps are computed at once, with the errors of `predict`. Several threads may call this method;
-        they take turns.
+        Otherwise, this call computes the maps, and raises the errors of `predict`. Several threads may call this
+        method; they take turns.
 
         `tiles`: RGB (tile_in, tile_in, 3) uint8 each, at most `batch` of them.
         """

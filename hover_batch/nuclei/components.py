@@ -24,7 +24,7 @@ from hover_batch.nuclei.markers import MIN_PIXELS
 class Components:
     """4-connected components of the foreground of a window, numbered by their first pixels in raster order.
 
-    Row 0 of each array is that of the background, whose values are not used.
+    Row 0 of each array belongs to the background; its values are not used.
     """
 
     labels: NDArray[np.int32]

@@ -23,8 +23,8 @@ _SPLITTERS: dict[str, Callable[[Mapping[str, float]], Splitter]] = {
 def splitter(system: str, sobel: Mapping[str, float]) -> Splitter:
     """Return the post-processing of a system.
 
-    `system`: key of `hover_batch.model.heads.SYSTEMS`. `sobel`: Sobel constants as in cards; ignored by systems without
-    Sobel maps.
+    `system`: key of `hover_batch.model.heads.SYSTEMS`. `sobel`: Sobel constants by name (see `Card.sobel`); ignored by
+    systems without Sobel maps.
 
     KeyError if the system is not known, PackageError if its constants are invalid.
     """

@@ -145,7 +145,7 @@ def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Sch
 
 
 def part_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
-    """Return the columns of a part: those of nuclei.parquet, with the anchor instead of nucleus_id.
+    """Return the columns of a part. They are the columns of nuclei.parquet, with the anchor instead of nucleus_id.
 
     The columns anchor_y and anchor_x, in inference pixels, come first; the merge sorts by them. No column is nullable.
 

@@ -106,7 +106,7 @@ class Calibration:
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
     """Run the model on the image of each sample. Return pairs of sample and planes, in order.
 
-    The planes are the maps np, h and v, (3, y, x) uint8, quantised as in `MapLayout`.
+    The planes are the maps np, h and v, (3, y, x) uint8, in the quantisation that `MapLayout` describes.
 
     `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (plane, y, x) uint8 (see `MapLayout`).
     `samples`: annotated images.
@@ -192,7 +192,8 @@ def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
     The entry "as they are" has HoVerNet's own parameters, for comparison. All entries use the slow `instances_by`. The
     medians are computed for each Sobel kernel, because their values depend on its size.
 
-    `predicted`: result of `predict_all`. `cut`: multiple of the median minimum, as for `search`.
+    `predicted`: result of `predict_all`. `cut`: Sobel value of markers as a multiple of the median minimum (see
+    `search`).
     """
     trials = {}
     standard = Parameters()

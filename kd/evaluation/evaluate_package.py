@@ -222,7 +222,7 @@ def evaluate_package(
 def score_test_fold(predictor: Predictor, splitter: Splitter | None, data: Path) -> dict[str, Any]:
     """Score a loaded network on the fold test of `data`. Return JSON values by name.
 
-    `sources` has the scores by source, as in `SourceScores.to_json`. `leakage` is a list of {"text": sentence} about
+    `sources` has the result of `SourceScores.to_json` for each source. `leakage` is a list of {"text": sentence} about
     images that the model has seen in training or calibration.
 
     `predictor`: predictor of the network. `splitter`: post-processing of its maps; None for HoVerNet's with Sobel maps

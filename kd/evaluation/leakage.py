@@ -50,7 +50,7 @@ class Leak:
         return f"{self.source}, {len(self.samples)} of {self.of} images: {self.how}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return JSON values with the keys source, how, certain, samples, of, and text, the sentence for readers."""
+        """Return the fields as JSON values by name, and under `text` the sentence for readers."""
         return {**asdict(self), "samples": list(self.samples), "text": str(self)}
 
 

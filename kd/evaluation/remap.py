@@ -61,7 +61,8 @@ class Remap:
     def sample(self, sample: Sample) -> Sample:
         """Return a copy of `sample` with types in the common classes.
 
-        It has no types if the common taxonomy is NUCLEI or `sample` has none.
+        Nuclei without a class in the data get the class `unnamed`. The result has no types if the common taxonomy is
+        NUCLEI or `sample` has none.
         """
         if sample.types is None or self.taxonomy is NUCLEI:
             return replace(sample, types=None)

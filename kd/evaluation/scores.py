@@ -150,7 +150,7 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of a source from those of its images.
+    """Return the scores of a source, computed from the scores of its images.
 
     Dice, AJI, DQ, SQ, PQ and the PQ of each class are means over images. bPQ and mPQ are means over the images of a
     tissue, then over the tissues. F_d, precision, recall, F_c and the accuracy of types count the nuclei of all images

@@ -163,8 +163,8 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
     A table of the paper has rows for the evaluations with its source and classes. The table of costs has rows for all
     evaluations, and the table of a source has rows for the evaluations with this source.
 
-    `runs`: evaluations, as `read_runs` returns and checks them. `out`: folder to which the tables will be written; the
-    files of evaluations are named relative to it.
+    `runs`: result of `read_runs`, which has checked the evaluations. `out`: folder to which the tables will be written;
+    the files of evaluations are named relative to it.
     """
     made = []
     for paper in TABLES:

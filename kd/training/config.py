@@ -309,7 +309,7 @@ class TrainConfig:
 
     @property
     def distils(self) -> bool:
-        """True if L_distill has a factor above 0, so that a teacher is needed."""
+        """True if L_distill has a factor above 0; a teacher is then needed."""
         return self.loss_shares[1] > 0
 
     def to_json(self) -> dict[str, Any]:

@@ -60,14 +60,15 @@ class Teacher(Protocol):
     def logits(self, sample: Sample) -> NDArray[np.float16]:
         """Return the stored output for the whole image of `sample`, (channel, y, x) float16.
 
-        The channels are as in `hover_batch.model.heads`. Raises InputError if the output is missing or corrupted.
+        `hover_batch.model.heads` describes the channels. Raises InputError if the output is missing or corrupted.
         """
 
 
 def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
     """Open the teacher's outputs in the folder `path`, which `kd teach` wrote.
 
-    Raises InputError if the folder holds none, or the teacher's classes are not those of `taxonomy`.
+    Raises InputError if the folder is no such cache or cannot be read, or the teacher has other classes than
+    `taxonomy`.
     """
     from kd.teaching.teacher_cache import TeacherCache  # imports zarr, which is needed only with a teacher
 

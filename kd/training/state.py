@@ -149,7 +149,7 @@ def record_of(
     - `before`: `origin`.
 
     `taxonomy`: classes of the network. `training`, `validation`: images. `teacher`: stored outputs; None without
-    distillation. `origin`: origin of the initial weights, as from `starting_network`.
+    distillation. `origin`: origin of the initial weights, from `starting_network`.
     """
     parts = {"train": training, "val": validation}
     teacher_record = None
