@@ -53,7 +53,7 @@ def check_output(path: Path | None, dataset: Path | Url) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print `notes` about a result on stderr, one per line, each as `note: TEXT`."""
+    """Print each of `notes`, which are about a result, to stderr as the line `note: TEXT`."""
     for note in notes:
         typer.echo(f"note: {note}", err=True)
 

@@ -45,7 +45,7 @@ class Place:
 
 
 def find_places(slide: SlideDiff, canvas: Size, mpp: Mpp) -> list[Place]:
-    """Return the grid cells of a slide that have the most differing nuclei, as squares with sides of CROP_UM.
+    """Return the grid cells of a slide that have the most differing nuclei, as squares with sides of CROP_UM (64 µm).
 
     At most PER_SLIDE (4) are returned, in descending order of their number of differing nuclei; cells with the same
     number are in raster order. Squares that extend beyond the slide are moved inside.

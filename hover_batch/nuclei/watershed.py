@@ -124,7 +124,8 @@ def instance_map(
     """Return the instances of a window, (y, x) int32, numbered 1 … n, 0 = background.
 
     With a `splitter`, the maps count as zero outside of the window, so that a whole canvas gives the same instances as
-    any tiling of it. Without one, the window's edge is treated as in the reference implementation.
+    any tiling of it. Without one, h, v and the energy are reflected beyond the window's edge, as in the reference
+    implementation.
 
     `np_map`, `h`, `v` (y, x) uint8: stored planes (see `MapLayout`). `splitter`: post-processing of the model's system;
     None for HoVerNet's with Sobel maps normalised by their own extremes.

@@ -105,7 +105,7 @@ def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measure
 
 
 def crop_box(x: float, y: float, canvas: Size, mpp: Mpp) -> Box:
-    """Return the square of CROP_UM around a position, as a box in level-0 pixels.
+    """Return the square with sides of CROP_UM (64 µm) around a position, as a box in level-0 pixels.
 
     A square that extends beyond the slide is moved inside, and clipped if the slide is smaller.
 

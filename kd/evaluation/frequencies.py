@@ -82,7 +82,7 @@ def fit_scaling(sources: Sequence[Outcomes]) -> BetaScaling | None:
 
     Each source has the same weight, so that one with many nuclei does not dominate the others.
 
-    None if there are fewer than MIN_NUCLEI nuclei in all, or fewer than MIN_EACH with one of the outcomes.
+    None if there are fewer than MIN_NUCLEI (200) nuclei in all, or fewer than MIN_EACH (20) with one of the outcomes.
     """
     sources = [source for source in sources if len(source.outcome)]
     outcome = np.concatenate([source.outcome for source in sources] or [np.zeros(0, bool)])

@@ -92,8 +92,8 @@ def paired_images(
 def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
     """Return the calibrations of the columns in CALIBRATED, by column, fitted on `images`.
 
-    A column has no entry if `fit_scaling` returns None for it: it has fewer than 200 nuclei whose value is known to be
-    right or wrong, or fewer than 20 of either kind.
+    A column has no entry if `fit_scaling` returns None for it: it has fewer than MIN_NUCLEI (200) nuclei whose value is
+    known to be right or wrong, or fewer than MIN_EACH (20) of either kind.
     """
     scalings = {name: fit_scaling(_outcomes(images, name)) for name in CALIBRATED}
     return {name: scaling for name, scaling in scalings.items() if scaling}
@@ -102,9 +102,9 @@ def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
 def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
     """Return the calibrations and the count error for the card, fitted on `images`.
 
-    A column's calibration is left out if fewer than MIN_IMAGES images have nuclei that can be judged, because nuclei of
-    one image are similar, or if there are too few nuclei (see `fit_scalings`). The count error is None if the images
-    with nuclei are from fewer than MIN_SOURCES sources.
+    A column's calibration is left out if `fit_scalings` does not return it. It is also left out if fewer than
+    MIN_IMAGES (20) images have nuclei whose value is known to be right or wrong, because nuclei of one image are
+    similar. The count error is None if the images with nuclei are from fewer than MIN_SOURCES sources.
     """
     used = {name: sum(o.images for o in _outcomes(images, name)) for name in CALIBRATED}
     return Uncertainty(

@@ -181,7 +181,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
 def targets_of(
     instances: NDArray[np.int32], types: NDArray[np.uint8] | None, source: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the targets of the branches np and tp, both (y, x) int64, as in `Targets`.
+    """Return the targets of the branches np and tp for one image, both (y, x) int64, with the values of `Targets`.
 
     Sources in PARTIAL outline only some of the nuclei, so their other pixels may be nuclei or background: np is UNKNOWN
     everywhere, and tp is known only on typed nuclei. For other sources, np is known everywhere inside the image, and tp
