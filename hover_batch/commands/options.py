@@ -29,7 +29,7 @@ ENGINE = "Execution"
 
 
 def setting(flag: str, help: str, panel: str, default: str | None = None, **typer_options: Any) -> Any:
-    """Return the typer option of a setting, which can also be given in the environment as HOVER_BATCH_NAME.
+    """Return the typer option of a setting. Users can also give it in the environment, as HOVER_BATCH_MIN_AREA_PX.
 
     The command's parameter must have the default None, so that --config can supply the value.
 

@@ -48,7 +48,7 @@ class Agreement:
     def add(self, first: SideResult, second: SideResult, mpp: float) -> list[Dispute]:
         """Add one field. Return its cells with nuclei that only one network found, in raster order.
 
-        Nuclei are paired one to one if their centroids are at most DETECTION_RADIUS_UM apart.
+        Nuclei are paired one to one if their centroids are at most DETECTION_RADIUS_UM (3 µm) apart.
 
         `first`, `second`: results of the networks on this field. `mpp`: size of its inference pixels in µm.
         """

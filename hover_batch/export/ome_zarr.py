@@ -90,7 +90,7 @@ def write_ome_zarr(nuclei: NucleiTable, path: Path) -> None:
 def bands(nuclei: NucleiTable) -> Iterator[tuple[int, Outlines]]:
     """Yield (number, nuclei) for each row of shards: its number, from 0, and the nuclei that reach into it.
 
-    Rows below the last nucleus are left out; rows without nuclei above it are not.
+    Rows above the last nucleus are yielded even if no nucleus reaches into them.
 
     The nuclei are in the order of the table. SlideError if the table is corrupted, or not in the order of the nuclei's
     first rows of pixels.

@@ -153,7 +153,7 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Check the values of a batch, which Parquet does not do, and return the batch itself.
+        """Check the values of `batch`, and return `batch` itself. Parquet does not check them.
 
         Contours are not checked here, but in `polygons`.
 

@@ -298,8 +298,8 @@ def resolve(settings: InferSettings) -> InferSettings:
     A run records the result. On the CPU, the batch size AUTO_BATCH is replaced by `InferSettings.batch`. On a GPU,
     AUTO_BATCH remains, because the batch size depends on the network (see `auto_batch`).
 
-    InputError if the device is not available, or if the runtime is openvino and the device is not the CPU or the
-    precision is fp16 or bf16.
+    InputError if the device is not available, or if the runtime openvino is combined with a device other than the CPU
+    or with the precision fp16 or bf16.
     """
     if settings.runtime == "openvino":
         device = _device("cpu" if settings.device == "auto" else settings.device)

@@ -62,7 +62,7 @@ class Splitter(Protocol):
         """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
         Instances are numbered 1 … n without gaps. Components of fewer than MIN_PIXELS pixels are dropped. The result is
-        exact for components at least `regions.MARGIN` pixels from the window's edge.
+        exact for components at least `regions.MARGIN` (16) pixels from the window's edge.
 
         `planes` (2, y, x) uint8: stored planes h and v. `components`: components of the same window. `chosen` (n,):
         whether each component is split; the others become background.

@@ -73,7 +73,7 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """Return the first SHA_DIGITS digits of the `image_sha256` of each of `samples`, as a model card records them.
+    """Return the first SHA_DIGITS (16) digits of each sample's `image_sha256`, which model cards record.
 
     They are sorted and without duplicates.
     """

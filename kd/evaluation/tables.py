@@ -190,7 +190,7 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
 
 
 def write_tables(made: Sequence[Table], out: Path) -> None:
-    """Write tables to `out`/tables.md, and each to a CSV file named after it in `out`. The folder is created.
+    """Write all tables to `out`/tables.md, and each to `out`/NAME.csv. The folder is created if it is missing.
 
     The CSV files have numbers with eight significant digits, and an additional column for each standard deviation.
     Existing files are replaced.

@@ -37,8 +37,9 @@ classes: (2, y, x) float32."""
 def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
     """Return the targets (2, y, x) float32 of DIST: distance to the nucleus's edge / DISTANCE_PX, then zeros.
 
-    Before the division, the distance is that to the nearest pixel outside of the nucleus, in pixels, so the outermost
-    pixels of a nucleus have 1. It is 0 on the background.
+    The distance of a pixel is measured, in pixels, to the nearest pixel outside of its nucleus. Pixels beyond the edge
+    of the map count as outside. So the outermost pixels of a nucleus have the distance 1, before the division. The
+    background has 0.
 
     `instances`: (y, x) int32 ids, values up to 0 = background.
     """

@@ -152,7 +152,8 @@ class InstanceFolder:
         `taxonomy`: one of TAXONOMIES, to which types are mapped. `fold`: fold of the images; None for all. `sources`:
         their sources; None for all.
 
-        Raises InputError if a file of an image cannot be read or is invalid, or a type is not one of its source's.
+        Raises InputError if a file of an image cannot be read or is invalid, or a type code does not exist in its
+        source.
         """
         for row in self._rows:
             if (fold is None or row["split"] == fold) and (sources is None or row["source"] in sources):
