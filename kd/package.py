@@ -70,7 +70,8 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
     The card also has scores and measured errors on the validation folds and, if the network was trained only on the
     fold train, on the fold test. They are computed with the packaged weights (students: float16). This takes minutes.
-    Progress is printed to stdout. On the CPU, torch's number of threads in this process is set.
+    Progress is printed to stdout. In this process, torch's number of threads is set for a CPU, and TF32 is switched off
+    in cuDNN for a GPU.
 
     `checkpoint`: file that the training wrote. `data`: the annotated images of the training. `out`: package to write;
     missing folders are created, and an existing package is replaced. `threads`: threads of the network on the CPU; 0
@@ -180,7 +181,8 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
     """Return a copy of `card` with the best Sobel constants for `network`, found on the fold val of `data`.
 
     The search is recorded in the card's metrics. Only sources that outline every nucleus are used. `network` is set to
-    evaluation mode, and may be moved to a GPU. On the CPU, torch's number of threads in this process is set.
+    evaluation mode, and may be moved to a GPU. In this process, torch's number of threads is set for a CPU, and TF32 is
+    switched off in cuDNN for a GPU.
 
     `network`: network with the weights of the model. `card`: card of the model. `data`: annotated images, as for
     `read_data`.

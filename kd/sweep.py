@@ -275,7 +275,7 @@ def do_run(run: Run) -> None:
     An interrupted training is resumed. The settings are written first, to arguments.json, and the scores last, to
     scores.json. Meanwhile, the stdout of the process is appended to train.txt. The traceback of an unexpected error is
     also appended there, because the sweep reports only its first line. In this process, torch's random seed and number
-    of threads are set, and OpenCV is limited to one thread.
+    of threads are set, OpenCV is limited to one thread, and TF32 is switched off in cuDNN for a GPU.
 
     Errors of the training, the packaging and the scoring propagate. Raises OSError if a file cannot be written.
     """

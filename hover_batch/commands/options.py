@@ -29,7 +29,9 @@ ENGINE = "Execution"
 
 
 def setting(flag: str, help: str, panel: str, default: str | None = None, **typer_options: Any) -> Any:
-    """Return the typer option of a setting. Users can also give it in the environment, as HOVER_BATCH_MIN_AREA_PX.
+    """Return the typer option of a setting. Users can also give it in the environment.
+
+    The environment variable is HOVER_BATCH_ and the setting's name in capitals, such as HOVER_BATCH_MIN_AREA_PX.
 
     The command's parameter must have the default None, so that --config can supply the value.
 

@@ -88,8 +88,8 @@ def _macs(meta_network: nn.Module, side: int) -> int:
 def seconds_per_patch(network: nn.Module, card: Card, batch: int = 16) -> float:
     """Return the network's seconds per patch: the mean over one batch of random patches, after a warm-up.
 
-    It is measured on the device and in the precision of the network's weights. Use it only to compare networks on one
-    idle machine.
+    It is measured on the device of the network's weights, and in their precision unless torch.autocast is active. Use
+    it only to compare networks on one idle machine.
 
     `network`: network in evaluation mode. `card`: card of the package, for the side of the patches (see `patch_side`).
     `batch`: number of patches.

@@ -153,7 +153,7 @@ def evaluate_package(
 ) -> Evaluation:
     """Return the evaluation of a model package on annotated images.
 
-    On the CPU, torch's number of threads in this process is set.
+    In this process, torch's number of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU.
 
     `model`: name or path of the package, as for `find_package`. `data`, `folds`, `sources`: as for `read_data`. `post`:
     only `sobel_norm` and `min_area_px` are used; None for the defaults. `label`: name of the row in tables; None for

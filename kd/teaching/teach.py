@@ -80,7 +80,7 @@ def teach(
 
     Intact outputs are used; all others are deleted and computed again, so an interrupted run resumes. Only one run at a
     time may write to a cache, whose folder is created if it is missing. With the backend local, the teacher runs in
-    this process, and on the CPU torch's number of threads is set.
+    this process: torch's number of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU.
 
     `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: name or path of the package, as for
     `find_package`. `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and
@@ -179,7 +179,8 @@ def run_lesson(lesson: Lesson) -> None:
     """Compute and store the outputs of the teacher for the images of one task. Intact outputs are kept.
 
     Outputs that are not intact are deleted first (see `TeacherCache.has_intact`). Data and teacher are loaded once per
-    process, and stay in memory. On the CPU, torch's number of threads in this process is set.
+    process, and stay in memory. In this process, torch's number of threads is set for a CPU, and TF32 is switched off
+    in cuDNN for a GPU.
 
     `lesson`: the task.
 
