@@ -33,7 +33,7 @@ def setting(flag: str, help: str, panel: str, default: str | None = None, **type
 
     The environment variable is HOVER_BATCH_ and the setting's name in capitals, such as HOVER_BATCH_MIN_AREA_PX.
 
-    The command's parameter must have the default None, so that --config can supply the value.
+    The command's parameter must have the default None; otherwise --config could not supply the value.
 
     `flag`: name of the option, such as --min-area-px for the setting min_area_px. `help`: text in the help. `panel`:
     group of options in the help. `default`: description of the default in the help; None to show its value.

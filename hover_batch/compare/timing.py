@@ -70,10 +70,10 @@ class SideResult:
 def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
     """Run inference and post-processing of each network on a field. Return the results with the median times.
 
-    Predictors that are not loaded yet are loaded first, which changes settings of torch in the whole process (see
+    Predictors that are not loaded yet are loaded first. This changes settings of torch in the whole process (see
     `Side.predictor`).
 
-    `sides`: the networks. `field`: the field, already read. `repeats`: number of repetitions, at least 1.
+    `sides`: the networks. `field`: field with its pixels. `repeats`: number of repetitions, at least 1.
 
     InputError if a device or a runtime cannot be used, PackageError if a network cannot be compiled,
     torch.OutOfMemoryError if one tile does not fit in the GPU's memory.
@@ -101,7 +101,7 @@ def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
     Compilation and cold caches then do not affect the measurements. The peak is measured for this process while the
     network runs. It includes everything else that the process holds on the GPU, such as the other network.
 
-    Predictors that are not loaded yet are loaded first, which changes settings of torch in the whole process (see
+    Predictors that are not loaded yet are loaded first. This changes settings of torch in the whole process (see
     `Side.predictor`). torch's peak statistics of the GPU are reset.
 
     `sides`: the networks. `field`: a field, already read.

@@ -179,7 +179,7 @@ class SlideDiff:
 
     @property
     def matched_share(self) -> float:
-        """Number of pairs divided by the mean number of nuclei in A and B, which is the F1 score of detection.
+        """Number of pairs divided by the mean number of nuclei in A and B. This is the F1 score of detection.
 
         The share is 1 if neither run has nuclei.
         """

@@ -63,7 +63,7 @@ class Outlines:
 
 
 def write_ome_zarr(nuclei: NucleiTable, path: Path) -> None:
-    """Write label images of the table `nuclei` to the folder `path` (.ome.zarr), which replaces an existing one.
+    """Write label images of the table `nuclei` to the folder `path` (.ome.zarr). An existing folder is replaced.
 
     The images are `nuclei` (nucleus_id of each pixel, uint32) and `types` (type_id, uint8), on the inference grid. Only
     the nuclei of one row of shards are held in memory.

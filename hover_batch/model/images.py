@@ -37,8 +37,8 @@ def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Run the network on a whole image, tile by tile. Return its maps, (plane, y, x) uint8 (see `MapLayout`).
 
-    Beyond its border, the image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved, for later
-    calls as well.
+    Beyond its border, the image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved for
+    this and all later calls.
 
     `predictor`: loaded network. `image`: (y, x, 3) uint8 RGB of any size, with the pixel size of the model, `card.mpp`.
 

@@ -79,10 +79,10 @@ def nuclei_of_region(
 
 
 def load_kernels(layout: MapLayout, splitter: Splitter | None) -> None:
-    """Run post-processing once on a small artificial region, so that its compiled functions are in memory.
+    """Run post-processing once on a small artificial region, to load its compiled functions into memory.
 
     Otherwise, each process would wait for them at its first region. If numba's cache does not have them, they are
-    compiled, which takes longer.
+    compiled; this takes longer.
 
     `layout`: planes of the maps that will be processed. `splitter`: post-processing of the model's system; None for
     HoVerNet's with each window's extremes.

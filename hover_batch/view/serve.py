@@ -22,7 +22,7 @@ Notify = Callable[[str], None]
 
 
 def serve(folder: Path | Url, slide_id: str | None, port: int, notify: Notify) -> Server:
-    """Return a server for one slide of a run, which the caller closes with `server_close` or a `with` block.
+    """Return a server for one slide of a run. The caller closes it with `server_close` or a `with` block.
 
     It listens on this machine only (127.0.0.1), and answers once its `serve_forever` is called. If the slide cannot be
     opened, its thumbnail is shown instead.

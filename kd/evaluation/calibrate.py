@@ -179,7 +179,7 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
     """Return the scores of the predictions with given Sobel constants, after the post-processing of slides.
 
-    `predicted`: result of `predict_all`. `cut`: cut of the constants, which is only recorded. `constants`: Sobel
+    `predicted`: result of `predict_all`. `cut`: cut of the constants; it is only recorded. `constants`: Sobel
     constants. With None for both, the Sobel maps are scaled by the extremes of each image.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))

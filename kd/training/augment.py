@@ -65,7 +65,7 @@ def random_view(
 ) -> View:
     """Return a random crop of `size` × `size` pixels with random geometry and appearance.
 
-    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers, which is
+    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers; it is
     advanced. `kind`: augmentation, which is "full", "turns", "color" or "none" (see the module's table). `planes`: the
     teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`; None without a
     teacher.
@@ -91,7 +91,7 @@ def random_geometry(
     small for the rotated view, the angle is rounded to a right angle, and the scale is large enough for the crop to
     fit. Labels outside the sample's image are 0.
 
-    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers, which is
+    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers; it is
     advanced. `kind`: augmentation, which is "full", "turns", "color" or "none" (see the module's table). `planes`: the
     teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`; None without a
     teacher.
