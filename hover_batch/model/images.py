@@ -51,8 +51,8 @@ def image_logits(predictor: Predictor, images: Sequence[NDArray[np.uint8]]) -> l
     """Run the network on whole images, tile by tile. Return the output for each, (channel, y, x) float32 (see `Heads`).
 
     Tiles of several images share batches, without effect on the output (see `hover_batch.model.predict`). Beyond its
-    border, an image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved, for later calls as
-    well.
+    border, an image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved for this and all later
+    calls.
 
     `predictor`: loaded network. `images`: (y, x, 3) uint8 RGB each, of any sizes, with the pixel size of the model,
     `card.mpp`.

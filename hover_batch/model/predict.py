@@ -123,8 +123,8 @@ class Predictor:
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the maps (n, plane, tile_out, tile_out) uint8 of the kept pixels of tiles (see `MapLayout`).
 
-        If fp16 overflows, the tiles are computed again in fp32. If the device runs out of memory, `at_once` is halved,
-        for later calls as well.
+        If fp16 overflows, the tiles are computed again in fp32. If the device runs out of memory, `at_once` is halved
+        for this and all later calls.
 
         `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch` of them.
 
@@ -137,7 +137,7 @@ class Predictor:
         """Return the network's output for the kept pixels of tiles (see `Heads`).
 
         It is (n, channel, tile_out, tile_out) float32. If fp16 overflows, the tiles are computed again in fp32. If the
-        device runs out of memory, `at_once` is halved, for later calls as well.
+        device runs out of memory, `at_once` is halved for this and all later calls.
 
         `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch` of them.
 
