@@ -184,8 +184,8 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
     evaluation mode, and may be moved to a GPU. In this process, torch's number of threads is set for a CPU, and TF32 is
     switched off in cuDNN for a GPU.
 
-    `network`: network with the weights of the model. `card`: card of the model. `data`: annotated images, as for
-    `read_data`.
+    `network`: network with the weights of the model. `card`: card of the model. `data`: annotated images (see
+    `read_data`).
 
     Raises InputError if the fold has no image of these sources, there are neither annotated nor predicted nuclei, or
     the data cannot be read.

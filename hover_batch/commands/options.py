@@ -136,7 +136,7 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
     `ctx`: context of the command, with its parameters; typer has already chosen between option and environment
     variable. `base`: nested settings with the names in settings.toml; None if there are none.
 
-    InputError if a file cannot be read, or for unknown names and invalid values.
+    InputError if a file cannot be read, or a setting has an unknown name or an invalid value.
     """
     options = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
     options |= _further_variables(ctx)

@@ -70,7 +70,7 @@ class Side:
 def load_side(name: str, flag: str, settings: InferSettings) -> Side:
     """Load the network `name` with its weights on the CPU. A published checkpoint is downloaded if it is not cached.
 
-    `name`: `starter`, another package (as in `find_package`), a checkpoint (a .tar or .pth file) or a name in KINDS. An
+    `name`: `starter`, another package (see `find_package`), a checkpoint (a .tar or .pth file) or a name in KINDS. An
     existing path or a package of this name in the cache takes precedence over a name in KINDS. `flag`: option that gave
     `name`, for messages. `settings`: settings of inference.
 

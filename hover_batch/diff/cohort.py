@@ -112,8 +112,8 @@ class CohortDiff:
         Slides whose change is undefined come first, then those with the largest absolute relative change. If these are
         equal, the slide with the lower share of matched nuclei comes first.
 
-        `slides`: slides that are compared. `missing`: slides that are not. `patients`: patient by slide_id. `limits`:
-        limits to check, with the endpoint.
+        `slides`: slides that are compared. `missing`: slides that are not compared. `patients`: patient by slide_id.
+        `limits`: limits to check, with the endpoint.
         """
 
         def size(slide: SlideDiff) -> tuple[float, float, str]:

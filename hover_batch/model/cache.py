@@ -70,8 +70,8 @@ def download_path(source: str) -> Path:
     """Return the path of a download in the cache. The file may not exist.
 
     It is downloads/NAME.pth for a published name, and downloads/HASH/FILE for a URL. HASH is the first 16 hex digits of
-    the URL's SHA-256. FILE is the last part of the URL's path without leading dots, or `file` if that is empty. In it,
-    all characters except ASCII letters, digits and . _ + - are replaced by _.
+    the URL's SHA-256. FILE is the last part of the URL's path without leading dots, or `file` if that is empty.
+    Characters of FILE other than ASCII letters, digits and . _ + - are replaced by _.
 
     `source`: URL or published name.
     """

@@ -155,10 +155,10 @@ def evaluate_package(
 
     In this process, torch's number of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU.
 
-    `model`: name or path of the package, as for `find_package`. `data`, `folds`, `sources`: as for `read_data`. `post`:
-    only `sobel_norm` and `min_area_px` are used; None for the defaults. `label`: name of the row in tables; None for
-    the package's name. `shift`: also score the images after each of SHIFTS. `against`: another package, or the .json
-    file of an earlier evaluation, to compare with; None for no comparison.
+    `model`: name or path of the package (see `find_package`). `data`, `folds`, `sources`: annotated images (see
+    `read_data`). `post`: only `sobel_norm` and `min_area_px` are used; None for the defaults. `label`: name of the row
+    in tables; None for the package's name. `shift`: also score the images after each of SHIFTS. `against`: another
+    package, or the .json file of an earlier evaluation, to compare with; None for no comparison.
 
     `picture`: draw the predictions next to the annotations. `beside`: another package whose predictions are also drawn
     in the picture; None for none. `time_network`: measure the time of patches and of a tile. `threads`: threads of each
@@ -226,7 +226,7 @@ def score_test_fold(predictor: Predictor, splitter: Splitter | None, data: Path)
     images that the model has seen in training or calibration.
 
     `predictor`: predictor of the network. `splitter`: post-processing of its maps; None for HoVerNet's with Sobel maps
-    scaled by the extremes of each image. `data`: annotated images, as for `read_data`.
+    scaled by the extremes of each image. `data`: annotated images (see `read_data`).
 
     Raises InputError if the data cannot be read, the fold has no images, the model is for another pixel size, it is not
     known which classes the data and the model have in common, or an image has too many nuclei to pair; PackageError if

@@ -82,9 +82,9 @@ def teach(
     time may write to a cache, whose folder is created if it is missing. With the backend local, the teacher runs in
     this process: torch's number of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU.
 
-    `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: name or path of the package, as for
-    `find_package`. `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and
-    flips of each image, else 1. `engine`: settings of the backend. `notify`: called with lines about the progress.
+    `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: name or path of the package (see
+    `find_package`). `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations
+    and flips of each image, else 1. `engine`: settings of the backend. `notify`: called with lines about the progress.
 
     Raises InputError if `tta` is not 1 or 8, the data cannot be read or has no image of a fold, the teacher is for
     other classes or another pixel size or is not a HoVerNet system, `cache` cannot be created or holds other outputs,

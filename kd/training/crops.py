@@ -221,7 +221,7 @@ def validation_crops(
 ) -> Crops:
     """Return fixed crops without augmentation for the validation loss.
 
-    Their number suffices to cover the area of the images once, but is at most MAX_VALIDATION_CROPS.
+    Their number suffices to cover the area of the images once, but is at most MAX_VALIDATION_CROPS (256).
 
     `samples`: validation images, at least one. `shares`: fraction of the crops from each source (see `source_shares`).
     `config`: settings of the training. `cut`: pixels by which the network's output is smaller on each side (see

@@ -50,7 +50,7 @@ class State:
     def save(self, config: TrainConfig, record: dict[str, Any]) -> None:
         """Write the checkpoint of `config.out` atomically; an existing one is replaced.
 
-        `config`: settings of the training. `record`: record of the training, as from `record_of`.
+        `config`: settings of the training. `record`: record of the training, from `record_of`.
 
         Raises HoverBatchError if the checkpoint cannot be written; the previous checkpoint then remains.
         """
@@ -71,7 +71,7 @@ class State:
     def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
         """Load the checkpoint of `config.out` into this state, if there is one.
 
-        `config`: settings of the training. `record`: record of the training, as from `record_of`.
+        `config`: settings of the training. `record`: record of the training, from `record_of`.
 
         Raises InputError if the checkpoint is corrupted or was written by an older version, with other settings, images
         or annotations, or with another teacher; OSError if it cannot be read.
