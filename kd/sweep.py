@@ -270,8 +270,9 @@ def sweep(
 
 
 def do_run(run: Run) -> None:
-    """Train a student, package it and score it. All files are written to the folder of `run`. It is created if it is
-    missing.
+    """Train a student, package it and score it.
+
+    All files are written to the folder of `run`, which is created if it is missing.
 
     An interrupted training is resumed. The settings are written first, to arguments.json, and the scores last, to
     scores.json. Meanwhile, the stdout of the process is appended to train.txt. The traceback of an unexpected error is

@@ -126,7 +126,7 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
 
 
 def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) -> None:
-    """Raise InputError if the summary's row of a finished slide lacks numbers of a class, since somebody edited it.
+    """Raise InputError if the summary's row of a finished slide lacks numbers of a class, for example after an edit.
 
     The numbers of nuclei must be integers; densities must be numbers if there are any.
 

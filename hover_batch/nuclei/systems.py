@@ -34,8 +34,8 @@ def splitter(system: str, sobel: Mapping[str, float]) -> Splitter:
 def splitter_of(card: Card, sobel_norm: SobelNorm = "fixed") -> Splitter | None:
     """Return the post-processing of a model.
 
-    The result is None for `sobel_norm` "window". Post-processing functions then use HoVerNet's, with Sobel maps
-    normalised by each window's extremes.
+    The result is None for `sobel_norm` "window". `nuclei_of_region` and `instance_map` then apply HoVerNet's
+    post-processing, with Sobel maps normalised by each window's extremes.
 
     `card`: card of the model. `sobel_norm`: "fixed" for the constants on the card, "window" for each window's extremes.
 

@@ -159,7 +159,7 @@ def part_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Sche
 def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
     """Convert nuclei in inference pixels to rows of `part_schema`, in level-0 pixels and µm, in the same order.
 
-    Lengths in µm are those in pixels times the geometric mean of a pixel's sides.
+    Lengths in pixels are multiplied by the geometric mean of a pixel's sides in µm, and areas by its area in µm².
 
     `nuclei`: nuclei in absolute pixels of the slide's inference grid. `context`: slide and model.
     """

@@ -43,8 +43,9 @@ Address = Annotated[
 
 
 def check_package_file(out: Path) -> None:
-    """Check that the package file `out` can be written. Call this before a long computation. Missing folders are
-    created.
+    """Check that the package file `out` can be written. Missing folders are created.
+
+    Call this before a long computation.
 
     Raises InputError if the name does not end in .safetensors, or the file cannot be written.
     """

@@ -42,7 +42,7 @@ class ContactSheet:
     def add(self, sample: Sample) -> None:
         """Add `sample` to the samples from which the pictures of the sheet are chosen at random.
 
-        All samples have the same probability of being among the PICTURES that are shown.
+        All samples have the same probability of being among the PICTURES (24) that are shown.
         """
         index = self._added
         self._added += 1

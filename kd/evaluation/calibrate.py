@@ -177,7 +177,7 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Return the scores of the predictions with given Sobel constants, after the post-processing of slides.
+    """Return the scores of predictions that are post-processed with given Sobel constants, in the same way as slides.
 
     `predicted`: result of `predict_all`. `cut`: cut of the constants; it is only recorded. `constants`: Sobel
     constants. With None for both, the Sobel maps are scaled by the extremes of each image.

@@ -80,7 +80,7 @@ class CountedImage:
 def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
     """Return the error of the counts in `images`, for the intervals of counts on slides.
 
-    None if the images with nuclei are from fewer than MIN_SOURCES sources.
+    None if the images with nuclei are from fewer than MIN_SOURCES (3) sources.
 
     If no slide has several images, the variances of fields and slides cannot be separated. Their sum is then assigned
     to the slides, so it does not decrease with the area.

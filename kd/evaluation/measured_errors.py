@@ -104,7 +104,7 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
 
     A column's calibration is left out if `fit_scalings` does not return it. It is also left out if fewer than
     MIN_IMAGES (20) images have nuclei whose value is known to be right or wrong, because nuclei of one image are
-    similar. The count error is None if the images with nuclei are from fewer than MIN_SOURCES sources.
+    similar. The count error is None if the images with nuclei are from fewer than MIN_SOURCES (3) sources.
     """
     used = {name: sum(o.images for o in _outcomes(images, name)) for name in CALIBRATED}
     return Uncertainty(

@@ -120,8 +120,9 @@ class Paired:
 
 
 def compared(new: ByImage, baseline: Baseline) -> list[Paired]:
-    """Return the comparison of a model with `baseline` for each source. Sources in PARTIAL are left out; they have no
-    PQ.
+    """Return the comparison of a model with `baseline` for each source that is not in PARTIAL.
+
+    Sources in PARTIAL have no PQ.
 
     `new`: scores of the model's images, by source. `baseline`: scores of the same images, as `Baseline.check` ensures.
     """

@@ -76,8 +76,8 @@ def validate(
     `val_recall_<source>` instead. Sources with annotated types also have `val_f_c_<source>`, the mean F_c over the
     classes. A score is NaN if it is undefined.
 
-    The central SIDE × SIDE pixels of at most SCORED images per source are scored; smaller images are cropped to
-    multiples of 32 pixels. The network sees mirrored pixels around this part.
+    The central SIDE × SIDE (512 × 512) pixels of at most SCORED (64) images per source are scored; smaller images are
+    cropped to multiples of 32 pixels. The network sees mirrored pixels around this part.
 
     `model`: network in evaluation mode, on `device`. `samples`: validation images. `device`: device of the network.
     `taxonomy`: classes of both the network and the samples. `splitter`: post-processing of the maps.
