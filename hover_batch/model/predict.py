@@ -98,8 +98,7 @@ class Predictor:
         return doubled(cuda_trial(compute, self.card.tile_in, self.device))
 
     def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Pending:
-        """Start the network on tiles. `Pending.result` of the returned batch gives the maps that `predict` would
-        return.
+        """Start the network on tiles. Return the batch, whose `result` gives the maps that `predict` would return.
 
         On a GPU, the call returns without waiting for the device, and `Pending.result` raises the errors of the device.
         Otherwise, this call computes the maps, and raises the errors of `predict`. Several threads may call this

@@ -293,8 +293,7 @@ class TrainConfig:
 
     @property
     def system(self) -> str:
-        """System of the model, a key of `hover_batch.model.heads.SYSTEMS`: "hover", "dist", "micronet" or
-        "mask-rcnn"."""
+        """System of the model, a key of `heads.SYSTEMS`: "hover", "dist", "micronet" or "mask-rcnn"."""
         from hover_batch.model.heads import SYSTEMS  # imports numpy, which --help does not need
 
         return self.model if self.model in SYSTEMS else "hover"
