@@ -88,8 +88,8 @@ def evaluate_data(
     classes of the model. `min_area_px`: number of pixels below which predicted nuclei are dropped. `shift`: change that
     is applied to each sample before prediction.
 
-    Raises InputError if the common classes of a source are unknown; this is checked before the model runs. Raises it
-    during the run if an image has too many nuclei to pair (MOST_DISTANCES).
+    Raises InputError if the common classes of a source are unknown (this is checked before the model runs), or if an
+    image has too many nuclei to pair (see `evaluate`).
     """
     remaps = remaps_of(data, model)
     scores = []

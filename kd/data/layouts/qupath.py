@@ -74,10 +74,10 @@ class Qupath:
     `class_map`: meaning of each class in QuPath, by its name in lower case. A meaning is a class of the taxonomy,
     `region`, `ignore` or `none` (see `qupath_objects.meaning`).
 
-    Raises InputError if a file cannot be read, the pixel size of a slide is unknown, or pictures and GeoJSON files do
-    not belong together one to one (see `find_annotated`). Outlines outside of their picture and outlines too large for
-    a nucleus also raise it, as do a picture with a side above FIELD_SIDE pixels that has no region, and regions that
-    are not upright rectangles with sides within REGION_SIDES.
+    Raises InputError if a file cannot be read; if the pixel size of a slide is unknown; if a GeoJSON file does not
+    belong to exactly one picture, or a picture has several; if an outline lies outside of its picture or is too large
+    for a nucleus; if a picture with a side above FIELD_SIDE (2048) pixels has no region; or if a region is not an
+    upright rectangle with sides within REGION_SIDES (64 to 4096 pixels).
     """
 
     def __init__(self, folder: Path, class_map: Mapping[str, str]) -> None:

@@ -54,8 +54,8 @@ def find_annotated(folder: Path) -> tuple[list[Annotated], int]:
     """Return the annotated pictures, and the number of other pictures, in `folder` and its subfolders for folds.
 
     A GeoJSON file has the name of its picture, with or without the picture's suffix. It ends in .geojson or
-    .geojson.gz. Files that end in .json, .json.gz or .zip also count if a picture has their name; otherwise they are
-    ignored.
+    .geojson.gz. Files that end in .json, .json.gz or .zip are also read as GeoJSON files if a picture has their name;
+    otherwise they are ignored.
 
     Raises InputError if a .geojson or .geojson.gz file belongs to no picture, a GeoJSON file belongs to several
     pictures, a picture has several GeoJSON files, or a folder cannot be listed.
