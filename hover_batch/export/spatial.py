@@ -42,7 +42,7 @@ def write_anndata(nuclei: NucleiTable, path: Path) -> None:
 
     The variables are the table's float32 columns. `obs` holds slide_id, nucleus_id, type, type_id, touches_border and
     seam_uncertain, indexed by the nuclei's UUIDs. `obsm["spatial"]` holds the centroids in level-0 pixels, and `uns`
-    the entries `type_colors` and `mpp`.
+    the entries `type_colors` (#rrggbb by class) and `mpp` (x and y in µm).
 
     All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. The
     pandas option future.infer_string is False in the whole process while the file is made. Call `require_extra` first.

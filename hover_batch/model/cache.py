@@ -86,8 +86,8 @@ def download_path(source: str) -> Path:
 def check_download(path: Path, expected: str | None = None) -> None:
     """Check the SHA-256 of a cached file, and record it in PATH.sha256 if it is not recorded there.
 
-    `path`: path of the file. `expected`: expected hash in hex. If the file has it, it is recorded in the place of any
-    other. If None, the recorded hash is expected; if none is recorded, any file is accepted.
+    `path`: path of the file. `expected`: expected hash in hex. If it matches, it replaces the recorded hash. If None,
+    the recorded hash is expected; if none is recorded, any file is accepted.
 
     PackageError if the hash differs, the file cannot be read, or the hash cannot be recorded. OSError if the disk is
     full.

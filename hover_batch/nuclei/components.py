@@ -44,7 +44,7 @@ class Components:
 
     @property
     def large(self) -> NDArray[np.bool_]:
-        """True for each component with at least MIN_PIXELS pixels, (n,) bool; False for the background."""
+        """True for each component with at least MIN_PIXELS (10) pixels, (n,) bool; False for the background."""
         large = self.pixels >= MIN_PIXELS
         large[0] = False
         return large

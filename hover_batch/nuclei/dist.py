@@ -32,7 +32,7 @@ class DynamicWatershed:
         """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
         Instances are numbered 1 … n by component, then by the first pixel of their maximum. Components of fewer than
-        MIN_PIXELS pixels are dropped.
+        MIN_PIXELS (10) pixels are dropped.
 
         `planes` (2, y, x) uint8: the stored distance, and a plane that is not used. `components`: components of the
         same window. `chosen` (n,): whether each component is split; the others become background.

@@ -30,7 +30,7 @@ def markers_of(
     Markers are the 4-connected pieces of the pixels with an energy below MARKER_ENERGY, after holes are filled and the
     result is opened by an ellipse of 5 × 5 pixels. They are numbered 1 … m in the order of their first pixels. Only
     pixels of `own` are labelled. Other pixels that filling and opening add are counted in the size of a marker. Markers
-    of fewer than MIN_PIXELS pixels, and those without a pixel of `own`, are dropped.
+    of fewer than MIN_PIXELS (10) pixels, and markers without a pixel of `own`, are dropped.
 
     `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2) float32: see `energy_around`.
     `edges`: whether the box touches the left, upper, right and lower edge of the window; like OpenCV, the erosion

@@ -82,7 +82,7 @@ class SobelConstants:
         """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
         A component with one marker becomes one instance, because flooding from one marker fills its component. A
-        component without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances are numbered 1 … n by
+        component without markers, or of fewer than MIN_PIXELS (10) pixels, is dropped. Instances are numbered 1 … n by
         component, then by the first pixel of their marker. The result is exact for components at least REACH (11)
         pixels from the window's edge.
 

@@ -35,7 +35,7 @@ classes: (2, y, x) float32."""
 
 
 def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Return the targets (2, y, x) float32 of DIST: distance to the nucleus's edge / DISTANCE_PX, then zeros.
+    """Return the targets (2, y, x) float32 of DIST: distance to the nucleus's edge / DISTANCE_PX (32), then zeros.
 
     The distance of a pixel is measured, in pixels, to the nearest pixel outside of its nucleus. Pixels beyond the edge
     of the map count as outside. So the outermost pixels of a nucleus have the distance 1, before the division. The
@@ -169,7 +169,7 @@ class MaskRcnnLoss(Loss):
 
 
 def boxes_and_masks(targets: Targets, n_types: int) -> list[dict[str, Tensor]]:
-    """Return the nuclei of each image that have at least MIN_PIXELS pixels, as targets for `MaskRcnn.losses`.
+    """Return the nuclei of each image that have at least MIN_PIXELS (10) pixels, as targets for `MaskRcnn.losses`.
 
     An entry has `boxes` (n, 4) float32, x0, y0, x1, y1 in pixels; `labels` (n,) int64; and `masks` (n, y, x) uint8. The
     label of a nucleus is the class of most of its pixels, or -1 if no class is annotated on them. If `n_types` is 2,

@@ -85,7 +85,7 @@ def check_instance_ids(instances: NDArray[np.int32], where: str) -> None:
     accepted.
 
     Labels in which the background has an id are also rejected. This is assumed if no pixel is 0, or if one id covers
-    more than half of the image and more than LARGEST_AREA pixels.
+    more than half of the image and more than LARGEST_AREA (128²) pixels.
 
     `instances`: labels (y, x) int32. `where`: file, for the message.
 
