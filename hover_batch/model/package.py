@@ -92,8 +92,6 @@ def _read(path: Path, named: str, option: str) -> Package:
 def load_network(package: Package) -> nn.Module:
     """Return the package's network with its weights, float32 on the CPU, in evaluation mode and without gradients.
 
-    If the network is stored as an OpenVINO model, ImportError if OpenVINO is not installed.
-
     PackageError if the architecture is not known, or the weights cannot be read, do not match the card's hash, or do
     not fit the card.
     """
