@@ -54,8 +54,8 @@ NOT_CALIBRATED = "none, because there are no validation images: the Sobel consta
 def package_path(config: TrainConfig) -> Path:
     """Return the path of the package in the output folder of the training with the settings `config`.
 
-    Its name is student.safetensors for a U-Net, teacher.safetensors for a HoVerNet, and dist.safetensors or
-    micronet.safetensors for the other systems.
+    Its name is student.safetensors for a U-Net and teacher.safetensors for both forms of HoVerNet. For other models it
+    is the model's name, such as dist.safetensors.
     """
     names = {"unet": "student", "hovernet-fast": "teacher", "hovernet-original": "teacher"}
     return config.out / f"{names.get(config.model, config.model)}.safetensors"
@@ -70,14 +70,17 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
 
     The card also has scores and measured errors on the validation folds and, if the network was trained only on the
     fold train, on the fold test. They are computed with the packaged weights (students: float16). This takes minutes.
-    Progress is printed to stdout. On the CPU, torch's number of threads in this process is set.
+    Progress is printed to stdout. In this process, torch's number of threads is set for a CPU, and TF32 is switched off
+    in cuDNN for a GPU.
 
     `checkpoint`: file that the training wrote. `data`: the annotated images of the training. `out`: package to write;
     missing folders are created, and an existing package is replaced. `threads`: threads of the network on the CPU; 0
     for all cores.
 
-    Raises InputError if the checkpoint or the data cannot be read, or the validation images are not those of the
-    training; PackageError if a weight is not finite; OSError if the package cannot be written.
+    Raises InputError if the checkpoint or the data cannot be read, the checkpoint's weights do not fit its settings,
+    the validation images or their annotations are not those of the training, there are neither annotated nor predicted
+    nuclei to calibrate on, or an image has too many nuclei to pair; PackageError if a weight is not finite; OSError if
+    the package cannot be written.
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
@@ -178,10 +181,11 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
     """Return a copy of `card` with the best Sobel constants for `network`, found on the fold val of `data`.
 
     The search is recorded in the card's metrics. Only sources that outline every nucleus are used. `network` is set to
-    evaluation mode, and may be moved to a GPU. On the CPU, torch's number of threads in this process is set.
+    evaluation mode, and may be moved to a GPU. In this process, torch's number of threads is set for a CPU, and TF32 is
+    switched off in cuDNN for a GPU.
 
-    `network`: network with the weights of the model. `card`: card of the model. `data`: annotated images, as for
-    `read_data`.
+    `network`: network with the weights of the model. `card`: card of the model. `data`: annotated images (see
+    `read_data`).
 
     Raises InputError if the fold has no image of these sources, there are neither annotated nor predicted nuclei, or
     the data cannot be read.

@@ -27,7 +27,7 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
     """Return a copy of an image with outlines of the nuclei in the colours of their classes.
 
     Outlines are one pixel wide, inside the nuclei; edges of the image are not outlined. A nucleus has the class of most
-    of its pixels, without those of class 0. The outlines of nuclei without a class have the colour UNTYPED.
+    of its pixels; pixels of class 0 are not counted. The outlines of nuclei without a class have the colour UNTYPED.
 
     `image`: (y, x, 3) uint8 RGB. `instances`: (y, x) int32 ids, 0 = background. `types`: (y, x) uint8 class ids; None
     if types are unknown. `taxonomy`: classes of the types.

@@ -52,7 +52,7 @@ class Split:
 
     @property
     def name(self) -> str:
-        """Name of the split, TRAIN-VAL-TEST, such as 1-2-3; it ends the names of the split's runs."""
+        """Name of the split, TRAIN-VAL-TEST, such as 1-2-3; the names of its runs end with it."""
         return f"{self.train}-{self.val}-{self.test}"
 
     @property
@@ -139,7 +139,7 @@ class Run:
 
     @property
     def scores(self) -> dict[str, dict[str, Any]] | None:
-        """Scores by source, as in `SourceScores.to_json`.
+        """Scores by source, as `SourceScores.to_json` returns them.
 
         None if the run is not done, or was scored on other folds or with another `min_area_px`.
         """
@@ -177,9 +177,9 @@ def runs_of(
     Points that train the same student, such as all temperatures without distillation, are one run.
 
     `data`: annotated images. `teacher`: folder written by `kd teach`; None without distillation. `preset`: name of the
-    preset for what neither the grid nor `settings` sets. `test_folds`: folds to score on, if the grid has no splits.
-    `min_area_px`: smallest area in pixels of the predicted nuclei that are scored. `threads`: CPU cores for each run.
-    `settings`: further settings of all runs, by the names of `TrainConfig`.
+    preset, which gives all settings that are neither in the grid nor in `settings`. `test_folds`: folds to score on, if
+    the grid has no splits. `min_area_px`: smallest area in pixels of the predicted nuclei that are scored. `threads`:
+    CPU cores for each run. `settings`: further settings of all runs, by the names of `TrainConfig`.
 
     Raises InputError if a setting is invalid, the data or the teacher cannot be read, or a run's folder belongs to a
     run with other settings, data or teacher.
@@ -218,7 +218,7 @@ def runs_of(
 
 
 def hashes_of_inputs(data: Path, teacher: Path | None) -> dict[str, str]:
-    """Return the hash of the data as `data_sha256` and, with a teacher, that of its package as `teacher_sha256`.
+    """Return the hash of the data as `data_sha256` and, with a teacher, the hash of its package as `teacher_sha256`.
 
     Runs with other hashes do not count as the same run.
 
@@ -270,12 +270,14 @@ def sweep(
 
 
 def do_run(run: Run) -> None:
-    """Train a student, package it and score it. All files are written to the folder of `run`, which is created.
+    """Train a student, package it and score it.
+
+    All files are written to the folder of `run`, which is created if it is missing.
 
     An interrupted training is resumed. The settings are written first, to arguments.json, and the scores last, to
     scores.json. Meanwhile, the stdout of the process is appended to train.txt. The traceback of an unexpected error is
-    appended there, too, because the sweep reports only its first line. Settings of this process are changed as by
-    `train`.
+    also appended there, because the sweep reports only its first line. In this process, torch's random seed and number
+    of threads are set, OpenCV is limited to one thread, and TF32 is switched off in cuDNN for a GPU.
 
     Errors of the training, the packaging and the scoring propagate. Raises OSError if a file cannot be written.
     """
@@ -314,8 +316,9 @@ def _write_report(path: Path, ended: Sequence[Ended]) -> None:
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:
     """Return the rows of sweep.csv, one per run, as values by column.
 
-    The columns are `run`, the varied settings ("" if one does not apply), the scores as SOURCE_SCORE (such as
-    consep_pq; None if undefined), and `failed`, the reason if the run failed, else "".
+    The columns are `run`, `encoder`, `alpha`, `temperature` and `seed` ("" if one does not apply), the scores, and
+    `failed`, the reason if the run failed, else "". The scores of each source are SOURCE_pq, SOURCE_aji, SOURCE_dice
+    and SOURCE_f_d, such as consep_pq; None if undefined. The row of a failed run has no scores.
 
     `ended`: outcomes of the runs, from `sweep`.
     """

@@ -18,7 +18,9 @@ class CohortGroup(TyperGroup):
     """Group of commands on data sets. If the first argument is not the name of a command, `build` is run."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the group as click does; if the first one names no command, put `build` before it.
+        """Parse the arguments of the group as click does, and return those that it leaves over.
+
+        If the first argument is neither the name of a command nor an option for help, `build` is put before it.
 
         `ctx`: click's context. `args`: the command line after the group's name.
         """

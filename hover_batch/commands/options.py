@@ -29,9 +29,11 @@ ENGINE = "Execution"
 
 
 def setting(flag: str, help: str, panel: str, default: str | None = None, **typer_options: Any) -> Any:
-    """Return the typer option of a setting, which can also be given in the environment as HOVER_BATCH_NAME.
+    """Return the typer option of a setting. Users can also give it in the environment.
 
-    The command's parameter must have the default None, so that --config can supply the value.
+    The environment variable is HOVER_BATCH_ and the setting's name in capitals, such as HOVER_BATCH_MIN_AREA_PX.
+
+    The command's parameter must have the default None; otherwise --config could not supply the value.
 
     `flag`: name of the option, such as --min-area-px for the setting min_area_px. `help`: text in the help. `panel`:
     group of options in the help. `default`: description of the default in the help; None to show its value.
@@ -62,7 +64,7 @@ def batch_size(text: str) -> int | str:
 
 
 def share(text: str) -> float:
-    """Parse a share, such as 5% or 0.05, and return it as a fraction (0.05). ValueError for any other text."""
+    """Return a share such as 5% or 0.05 as a fraction (0.05). ValueError if it is not a number or percentage."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -129,12 +131,12 @@ def settings_of(ctx: typer.Context, base: Mapping[str, Any] | None = None) -> Se
     """Return the settings of a command.
 
     The order of precedence is option, environment variable, --config, `base`, default. Variables of `segment`'s options
-    count even if this command has no such option. The file of --class-map is read, too.
+    count even if this command has no such option. A class map is read from its file.
 
     `ctx`: context of the command, with its parameters; typer has already chosen between option and environment
-    variable. `base`: nested settings, as in settings.toml; None if there are none.
+    variable. `base`: nested settings with the names in settings.toml; None if there are none.
 
-    InputError if a file cannot be read, or for unknown names and invalid values.
+    InputError if a file cannot be read, or a setting has an unknown name or an invalid value.
     """
     options = {name: value for name, value in ctx.params.items() if value is not None and name in SECTION_OF}
     options |= _further_variables(ctx)

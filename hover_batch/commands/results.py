@@ -32,7 +32,7 @@ _IN_CSV = ("BOOLEAN", "INT", "INTEGER", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "T
 
 
 def check_output(path: Path | None, dataset: Path | Url) -> None:
-    """Check that the result of a query can be written to `path`, so that an error is found before the query runs.
+    """Check, before a query runs, that its result can be written to `path`.
 
     `path`: value of --output; None without it. It must end in .csv or .parquet, and be in an existing folder outside
     the data set. `dataset`: folder or URL of the data set.
@@ -53,7 +53,7 @@ def check_output(path: Path | None, dataset: Path | Url) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print `notes` about a result on stderr, one per line, each as `note: TEXT`."""
+    """Print each of `notes`, which are about a result, to stderr as the line `note: TEXT`."""
     for note in notes:
         typer.echo(f"note: {note}", err=True)
 

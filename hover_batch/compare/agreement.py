@@ -48,7 +48,7 @@ class Agreement:
     def add(self, first: SideResult, second: SideResult, mpp: float) -> list[Dispute]:
         """Add one field. Return its cells with nuclei that only one network found, in raster order.
 
-        Nuclei are paired one to one if their centroids are at most DETECTION_RADIUS_UM apart.
+        Nuclei are paired one to one if their centroids are at most DETECTION_RADIUS_UM (3 µm) apart.
 
         `first`, `second`: results of the networks on this field. `mpp`: size of its inference pixels in µm.
         """
@@ -78,9 +78,11 @@ class Agreement:
 
         `pq`: mean over fields. `detection_f1`: F1 score of detections within DETECTION_RADIUS_UM. Both are 1 for full
         agreement. `nuclei`: number found by each network. `density_correlation`: Pearson correlation of the numbers of
-        nuclei per cell; None if a network found the same number in all cells. `confusion`: number of matched nuclei by
-        class, rows for the first network and columns for the second; the last row and column, `none`, are for unmatched
-        nuclei.
+        nuclei per cell; None if there is only one cell, or a network found the same number in all cells.
+
+        `confusion` has the keys `rows` and `columns`, the class names of the first and of the second network, each
+        followed by `none`, and `counts`, a list of rows. A count is the number of matched nuclei with these classes;
+        unmatched nuclei are in the row or column `none`.
         """
         cells = np.concatenate(self._densities, axis=1).astype(float)
         has_variance = cells.shape[1] > 1 and bool((cells.std(axis=1) > 0).all())

@@ -47,8 +47,8 @@ class Speed:
         `side`: the network. Its predictor is loaded (see `Side.predictor`). Its network is set to evaluation mode, and
         may be moved to the predictor's device.
 
-        InputError if the device cannot be used, PackageError if the network cannot be compiled, torch.OutOfMemoryError
-        if a patch does not fit in the GPU's memory.
+        InputError if the device or the runtime cannot be used, PackageError if the network cannot be compiled,
+        torch.OutOfMemoryError if a patch does not fit in the GPU's memory.
         """
         card = side.card
         network = on_device(side.network, side.predictor.device)

@@ -38,10 +38,16 @@ def compare(
 ) -> dict[str, Any]:
     """Compare two networks, and write compare.json and compare.html. Return the content of compare.json.
 
-    Its keys are `format`, `device`, `fields`, `repeats`, `sides` (costs of each network), `ratios`, `agreement`,
-    `truth` and `notes`. Ratios are the costs of `first` as multiples of those of `second`, the candidate to replace it.
+    Its keys are:
 
-    If the comparison would take longer than `options` allow, less is measured. Nuclei are not compared if
+    - `format`; `device`, the name of the GPU or CPU; `repeats`; and `notes`, sentences for the reader;
+    - `fields`: for each field `slide_id`, `x`, `y` and `shape` (y, x) in inference pixels, and `mpp`;
+    - `sides`: for each network its name, settings, classes, costs (`Cost.to_json`), times and peak GPU memory;
+    - `ratios`: the costs of `first` as multiples of the costs of `second`, the candidate to replace it;
+    - `agreement`: `Agreement.to_json`; None if nuclei are not compared;
+    - `truth`: the result of `scorer` for each network; None without a scorer.
+
+    If the comparison would take longer than `options.budget_s`, less is measured. Nuclei are not compared if
     `options.timing_only` is set, or if a network has random weights. The networks of both sides may be moved to their
     devices, and settings of torch change in the whole process (see `Side.predictor`).
 
@@ -50,9 +56,9 @@ def compare(
     progress. One of them says what is measured and about how long it takes. `scorer`: function that scores a network on
     annotated images; None to omit this.
 
-    InputError if `places` is empty, a device cannot be used, or the pixel size of a slide is unknown; PackageError if a
-    network cannot be compiled; torch.OutOfMemoryError if a batch does not fit in the GPU's memory; SlideError if a
-    field cannot be read; OSError if a file cannot be written. Errors of `scorer` propagate.
+    InputError if `places` is empty, a device or a runtime cannot be used, or the pixel size of a slide is unknown;
+    PackageError if a network cannot be compiled; torch.OutOfMemoryError if a batch does not fit in the GPU's memory;
+    SlideError if a field cannot be read; OSError if a file cannot be written. Errors of `scorer` propagate.
     """
     if not places:
         raise InputError(

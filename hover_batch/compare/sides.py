@@ -47,7 +47,7 @@ class Side:
         Loading sets the network to evaluation mode, and may move it to the device. In the whole process, torch's number
         of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU.
 
-        InputError if the device cannot be used, PackageError if the network cannot be compiled.
+        InputError if the device or the runtime cannot be used, PackageError if the network cannot be compiled.
         """
         return Predictor(self.network, self.card, self.settings)
 
@@ -70,7 +70,7 @@ class Side:
 def load_side(name: str, flag: str, settings: InferSettings) -> Side:
     """Load the network `name` with its weights on the CPU. A published checkpoint is downloaded if it is not cached.
 
-    `name`: `starter`, another package (as in `find_package`), a checkpoint (a .tar or .pth file) or a name in KINDS. An
+    `name`: `starter`, another package (see `find_package`), a checkpoint (a .tar or .pth file) or a name in KINDS. An
     existing path or a package of this name in the cache takes precedence over a name in KINDS. `flag`: option that gave
     `name`, for messages. `settings`: settings of inference.
 

@@ -32,8 +32,8 @@ def latencies(sides: Sequence[Side], batches: Sequence[int], repeats: int, notif
     `sides`: the networks. `batches`: batch sizes. `repeats`: repetitions of each measurement. `notify`: function that
     is called with a line about each batch size.
 
-    InputError if a device cannot be used, PackageError if a network cannot be compiled or its architecture is not
-    known, torch.OutOfMemoryError if a batch does not fit in the GPU's memory.
+    InputError if a device or a runtime cannot be used, PackageError if a network cannot be compiled or its architecture
+    is not known, torch.OutOfMemoryError if a batch does not fit in the GPU's memory.
     """
     medians: list[dict[int, float]] = [{} for _ in sides]
     # Whole patches, as in the paper, rather than only the pixels that are kept.
@@ -70,13 +70,13 @@ class SideResult:
 def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[SideResult]:
     """Run inference and post-processing of each network on a field. Return the results with the median times.
 
-    Predictors that are not loaded yet are loaded first, which changes settings of torch in the whole process (see
+    Predictors that are not loaded yet are loaded first. This changes settings of torch in the whole process (see
     `Side.predictor`).
 
-    `sides`: the networks. `field`: the field, already read. `repeats`: number of repetitions, at least 1.
+    `sides`: the networks. `field`: field with its pixels. `repeats`: number of repetitions, at least 1.
 
-    InputError if a device cannot be used, PackageError if a network cannot be compiled, torch.OutOfMemoryError if one
-    tile does not fit in the GPU's memory.
+    InputError if a device or a runtime cannot be used, PackageError if a network cannot be compiled,
+    torch.OutOfMemoryError if one tile does not fit in the GPU's memory.
     """
     seconds: list[list[tuple[float, float]]] = [[] for _ in sides]
     results: list[tuple[NDArray[np.int32], Nuclei]] = []
@@ -98,16 +98,16 @@ def process_field(sides: Sequence[Side], field: Field, repeats: int) -> list[Sid
 def warm_up(sides: Sequence[Side], field: Field) -> list[int | None]:
     """Run each network once on `field`. Return the peak GPU memory of each in bytes; None on the CPU.
 
-    Compilation and cold caches then do not affect the measurements. The peak is that of this process while the network
-    ran, and includes everything else that the process holds on the GPU, such as the other network.
+    Compilation and cold caches then do not affect the measurements. The peak is measured for this process while the
+    network runs. It includes everything else that the process holds on the GPU, such as the other network.
 
-    Predictors that are not loaded yet are loaded first, which changes settings of torch in the whole process (see
+    Predictors that are not loaded yet are loaded first. This changes settings of torch in the whole process (see
     `Side.predictor`). torch's peak statistics of the GPU are reset.
 
     `sides`: the networks. `field`: a field, already read.
 
-    InputError if a device cannot be used, PackageError if a network cannot be compiled, torch.OutOfMemoryError if one
-    tile does not fit in the GPU's memory.
+    InputError if a device or a runtime cannot be used, PackageError if a network cannot be compiled,
+    torch.OutOfMemoryError if one tile does not fit in the GPU's memory.
     """
     peaks: list[int | None] = []
     for side in sides:

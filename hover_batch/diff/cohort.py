@@ -112,8 +112,8 @@ class CohortDiff:
         Slides whose change is undefined come first, then those with the largest absolute relative change. If these are
         equal, the slide with the lower share of matched nuclei comes first.
 
-        `slides`: slides that are compared. `missing`: slides that are not. `patients`: patient by slide_id. `limits`:
-        limits to check, with the endpoint.
+        `slides`: slides that are compared. `missing`: slides that are not compared. `patients`: patient by slide_id.
+        `limits`: limits to check, with the endpoint.
         """
 
         def size(slide: SlideDiff) -> tuple[float, float, str]:
@@ -165,7 +165,7 @@ class CohortDiff:
 
     @property
     def exit_code(self) -> int:
-        """Exit code: 4 if no slide is compared, 3 if limits are exceeded or a table cannot be read, otherwise 0."""
+        """Exit code: 4 if no slide is compared, 3 if there are `faults` or a table cannot be read, otherwise 0."""
         if not self.slides:
             return 4
         return 3 if self.faults or any(m.done_in == "both" for m in self.missing) else 0

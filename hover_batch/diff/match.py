@@ -121,10 +121,10 @@ class _Reader:
 def match_tables(first: NucleiTable, second: NucleiTable) -> Matches:
     """Match the nuclei of two tables of the same slide one to one.
 
-    Two nuclei are a pair if their IoU is above MIN_IOU and neither has a partner with a higher IoU. The second
+    Two nuclei are a pair if their IoU is above MIN_IOU (0.5) and neither has a partner with a higher IoU. The second
     condition matters only where contours of one table overlap. The result does not depend on the order of the tables.
 
-    `first`, `second`: the tables, sorted by the upper edge of their nuclei.
+    `first`, `second`: the tables, whose nuclei are sorted by their upper edges.
 
     SlideError if a table is corrupted or not sorted, or a contour crosses itself.
     """

@@ -45,10 +45,10 @@ class Place:
 
 
 def find_places(slide: SlideDiff, canvas: Size, mpp: Mpp) -> list[Place]:
-    """Return the grid cells of a slide that have the most differing nuclei, as squares with sides of CROP_UM.
+    """Return the grid cells of a slide that have the most differing nuclei, as squares with sides of CROP_UM (64 µm).
 
-    At most PER_SLIDE are returned, those with the most nuclei first, and equal ones in raster order. Squares that
-    extend beyond the slide are moved inside.
+    At most PER_SLIDE (4) are returned, in descending order of their number of differing nuclei; cells with the same
+    number are in raster order. Squares that extend beyond the slide are moved inside.
 
     `slide`: differences of the slide, with the positions in `disputed`. `canvas`: size of the slide in level-0 pixels.
     `mpp`: size of a level-0 pixel in µm.

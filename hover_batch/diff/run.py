@@ -41,9 +41,11 @@ class RunsDiff:
 
         - `format`, `a` and `b` (the runs), `min_iou`, `endpoint`, `tolerance`, `min_matched`, `faults`;
         - `slides`: see `SlideDiff.to_json`; each also has `patient_id`, None if it is not known;
-        - `not_compared`: the slides that are in one run only or cannot be compared, each with the reason;
-        - `cohort`: the differences over all slides, such as `relative_change` by endpoint and `confusion`;
-        - `places`: each with `slide_id`, `box` in level-0 pixels, and the numbers of nuclei that differ.
+        - `not_compared`: for each slide that is not compared its `slide_id`, `done_in` and `reason` (see `Missing`);
+        - `cohort`: `slides` (their number), `unit`, `level`, `relative_change` (the fields of `MeanChange` by
+          endpoint), `confusion` (see `Confusion.to_json`), `classes_only_in_a` and `classes_only_in_b`;
+        - `places`: each with `slide_id`, `box` (`x0`, `y0`, `x1`, `y1` in level-0 pixels), and the numbers of nuclei
+          that differ, `only_a`, `only_b` and `class_changed`.
         """
         cohort = self.cohort
         confusion = cohort.confusion
@@ -85,8 +87,9 @@ def diff_runs(first: Path, second: Path, limits: Limits, *, pictures: bool, noti
     `first`, `second`: folders of A and B. `limits`: differences that a validation accepts. `pictures`: whether to draw
     the places that differ most. `notify`: function that is called with a line about each slide.
 
-    InputError if a folder holds no run, the runs are not on the same slides, or the endpoint is not a class of both.
-    OSError if a file of a run cannot be read, SlideError if a table can no longer be read when its places are drawn.
+    InputError if a folder holds no run, a file of a run is corrupted, the runs are not on the same slides, or the
+    endpoint is not a class of both. OSError if a file of a run cannot be read. SlideError if a table can no longer be
+    read when its places are drawn.
     """
     runs = Runs.open(first, second)
     slides: list[SlideDiff] = []

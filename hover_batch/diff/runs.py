@@ -62,7 +62,7 @@ class Side:
         return self.failures.get(slide_id) or why_not_done(self.layout.slide(slide_id))
 
     def to_json(self) -> dict[str, Any]:
-        """Return `folder`, `model`, `model_sha256`, and the numbers of `slides` and of `done` ones, as JSON values."""
+        """Return `folder`, `model`, `model_sha256`, `slides` (their number) and `done` (number of finished slides)."""
         return {
             "folder": str(self.layout.root),
             "model": self.model,
@@ -101,10 +101,13 @@ class Runs:
     def open(cls, first: Path, second: Path) -> Self:
         """Read the runs in two folders, and check that slides with the same slide_id are the same slide.
 
+        Size, pixel size and fingerprint of slides that both runs have done are compared. A slide is not checked if its
+        survey.json is missing or corrupted in one of the runs.
+
         `first`, `second`: folders of A and B.
 
-        InputError if a folder holds no run, a file of a run is corrupted, the runs have no slide_id in common, or
-        slides differ. OSError if a file cannot be read.
+        InputError if a folder holds no run, a file of a run is corrupted, the runs have no slide_id in common, or a
+        slide is not the same in both. OSError if a file cannot be read.
         """
         a, b = Side.open(first, "A"), Side.open(second, "B")
         if not a.records.keys() & b.records.keys():

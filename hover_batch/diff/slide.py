@@ -179,7 +179,7 @@ class SlideDiff:
 
     @property
     def matched_share(self) -> float:
-        """Number of pairs divided by the mean number of nuclei in A and B, which is the F1 score of detection.
+        """Number of pairs divided by the mean number of nuclei in A and B. This is the F1 score of detection.
 
         The share is 1 if neither run has nuclei.
         """
@@ -215,9 +215,10 @@ class SlideDiff:
     def to_json(self) -> dict[str, Any]:
         """Return the slide's entry in diff.json, as JSON values by name.
 
-        The keys are `slide_id`, `identical`, `nuclei`, `matched`, `only_a`, `only_b`, `class_changed`, `matched_share`,
-        `iou`, `area_ratio`, `tissue_mm2`, `confusion`, `unit` (that of the endpoints) and `endpoints` (see
-        `Change.to_json`).
+        The keys are `slide_id`, `identical`, `nuclei` and `tissue_mm2` (each with `a` and `b`), `matched`, `only_a`,
+        `only_b`, `class_changed`, `matched_share`, `iou` (`median`, `p5`), `area_ratio` (`median`, `p5`, `p95`),
+        `confusion` (see `Confusion.to_json`), `endpoints` (`Change.to_json` by endpoint) and `unit`, the unit of the
+        endpoints.
         """
         (a, b), matched = self.counts, self.matched
         return {

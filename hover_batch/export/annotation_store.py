@@ -22,8 +22,9 @@ _CACHE_KB = 64_000
 def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.db) as tiatoolbox's AnnotationStore, batch by batch.
 
-    Each nucleus is an annotation with its UUID as key, its polygon in level-0 pixels, and the table's columns as
-    properties. An existing file is replaced only when all is written.
+    Each nucleus is an annotation with its UUID as key and its polygon in level-0 pixels. Its properties are slide_id,
+    nucleus_id, type_id, type, touches_border, seam_uncertain, and the finite values of the table's float32 columns. An
+    existing file is replaced only when all is written.
 
     OSError if `path` cannot be written (`errno` is ENOSPC if the disk is full), SlideError if the table is corrupted,
     InputError if this Python's SQLite lacks the R*Tree index.

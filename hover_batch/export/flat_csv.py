@@ -17,8 +17,8 @@ from hover_batch.files import replacing
 def write_csv(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.csv), batch by batch, with enough digits to restore each number exactly.
 
-    The columns are those of the table, without `geometry`; `bbox` becomes the columns xmin, ymin, xmax and ymax. An
-    existing file is replaced only when all is written.
+    The CSV has all columns of the table except `geometry`. Instead of `bbox`, it has the columns xmin, ymin, xmax and
+    ymax. An existing file is replaced only when all is written.
 
     OSError if the file cannot be written, SlideError if the table is corrupted.
     """

@@ -30,8 +30,10 @@ def write_hovernet_json(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.json) in the format of hover_net's inference, batch by batch.
 
     The keys are `mag` (magnification), `type_info` (name and colour of each type) and `nuc`. `nuc` has an entry for
-    each nucleus_id with `bbox`, `centroid`, `contour`, `type_prob` and `type`. Positions are in level-0 pixels, with
-    integers at pixel centres. An existing file is replaced only when all is written.
+    each nucleus_id with `bbox`, `centroid`, `contour`, `type_prob` and `type`. `bbox` is [[first row, first column],
+    [last row + 1, last column + 1]]. `centroid` is [x, y], and `contour` a list of [x, y] that does not repeat its
+    first point. Positions are in level-0 pixels, with integers at pixel centres. An existing file is replaced only when
+    all is written.
 
     OSError if the file cannot be written, SlideError if the table is corrupted.
     """

@@ -57,13 +57,13 @@ class Outlines:
         return Outlines(self.ids[mask], self.types[mask], self.shapes[mask], self.boxes[mask])
 
     def joined(self, other: Outlines) -> Outlines:
-        """Return these nuclei followed by those of `other`."""
+        """Return these nuclei followed by the nuclei of `other`."""
         pairs = ((getattr(self, name), getattr(other, name)) for name in ("ids", "types", "shapes", "boxes"))
         return Outlines(*map(np.concatenate, pairs))
 
 
 def write_ome_zarr(nuclei: NucleiTable, path: Path) -> None:
-    """Write label images of the table `nuclei` to the folder `path` (.ome.zarr), which replaces an existing one.
+    """Write label images of the table `nuclei` to the folder `path` (.ome.zarr). An existing folder is replaced.
 
     The images are `nuclei` (nucleus_id of each pixel, uint32) and `types` (type_id, uint8), on the inference grid. Only
     the nuclei of one row of shards are held in memory.
@@ -88,7 +88,9 @@ def write_ome_zarr(nuclei: NucleiTable, path: Path) -> None:
 
 
 def bands(nuclei: NucleiTable) -> Iterator[tuple[int, Outlines]]:
-    """Yield each row of shards that may have nuclei, as its number from 0 and the nuclei that reach into it.
+    """Yield (number, nuclei) for each row of shards: its number, from 0, and the nuclei that reach into it.
+
+    Rows above the last nucleus are yielded even if no nucleus reaches into them.
 
     The nuclei are in the order of the table. SlideError if the table is corrupted, or not in the order of the nuclei's
     first rows of pixels.
@@ -129,7 +131,7 @@ def _outlines(nuclei: NucleiTable, batch: pa.RecordBatch) -> Outlines:
 
 
 def draw(outlines: Outlines, box: Box) -> NDArray[np.int32]:
-    """Return a map (y, x) int32 of `box`, whose value is the number 1 … n of the nucleus at each pixel, 0 = background.
+    """Return a map (y, x) int32 of `box`. Each pixel has the number 1 … n of its nucleus; 0 is the background.
 
     `outlines`: n nuclei; later ones cover earlier ones. `box`: box in inference pixels.
     """

@@ -27,8 +27,9 @@ def write_qupath(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to `path` (.geojson.gz) for QuPath, batch by batch. Equal tables give equal bytes.
 
     The file is a gzipped FeatureCollection. Each nucleus is a feature with its UUID as `id`, and the properties
-    `objectType` ("detection"), `classification` (name and colour) and `measurements`. Positions are level-0 pixels from
-    the corner of the slide's bounds, if it has them. An existing file is replaced only when all is written.
+    `objectType` ("detection"), `classification` (name and colour) and `measurements` (the finite values of the table's
+    float32 columns). Positions are level-0 pixels from the corner of the slide's bounds, if it has them. An existing
+    file is replaced only when all is written.
 
     OSError if the file cannot be written, SlideError if the table is corrupted.
     """

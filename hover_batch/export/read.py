@@ -153,7 +153,7 @@ class NucleiTable:
             raise unreadable(self.path, error) from error
 
     def checked(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Check the values of a batch, which Parquet does not do, and return the batch itself.
+        """Check the values of `batch`, and return `batch` itself. Parquet does not check them.
 
         Contours are not checked here, but in `polygons`.
 
@@ -195,7 +195,7 @@ class NucleiTable:
         return [str(uuid.uuid5(NAMESPACE, f"{self.slide_id}/{number}")) for number in batch["nucleus_id"].to_pylist()]
 
     def measurements(self, batch: pa.RecordBatch) -> list[dict[str, float]]:
-        """Return the values of the `measured` columns of each nucleus, by column, without those that are not finite.
+        """Return the finite values of the `measured` columns for each nucleus in `batch`, by column.
 
         A float32 becomes the shortest decimal number that reads back as the same float32, such as 0.1 instead of
         0.10000000149011612.

@@ -42,7 +42,7 @@ def write_anndata(nuclei: NucleiTable, path: Path) -> None:
 
     The variables are the table's float32 columns. `obs` holds slide_id, nucleus_id, type, type_id, touches_border and
     seam_uncertain, indexed by the nuclei's UUIDs. `obsm["spatial"]` holds the centroids in level-0 pixels, and `uns`
-    the entries `type_colors` and `mpp`.
+    the entries `type_colors` (#rrggbb by class) and `mpp` (x and y in µm).
 
     All nuclei, and the file itself, are held in memory, since HDF5 on a full disk crashes Python at its exit. The
     pandas option future.infer_string is False in the whole process while the file is made. Call `require_extra` first.
@@ -62,9 +62,10 @@ def write_anndata(nuclei: NucleiTable, path: Path) -> None:
 def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
     """Write the table `nuclei` to the folder `path` (.zarr) as SpatialData.
 
-    Its table `table` is that of `write_anndata`, and annotates the polygons, `nuclei`. These have the coordinate
-    systems `global` (level-0 pixels) and `um` (µm). A table without nuclei gives no polygons, since the library does
-    not support empty ones. An existing folder is replaced only when all is written.
+    Its table `table` has the content that `write_anndata` writes, and a column `region` in `obs`, by which it annotates
+    the polygons, `nuclei`. The polygons have the coordinate systems `global` (level-0 pixels) and `um` (µm). Without
+    nuclei, only the table is written, without `region`, since the library does not support empty polygons. An existing
+    folder is replaced only when all is written.
 
     All nuclei are held in memory. In the whole process, Python's warnings are suppressed while the library is imported,
     and the pandas option future.infer_string is False while the folder is written. Call `require_extra` first.

@@ -89,7 +89,8 @@ def slide_summary(
 ) -> Row:
     """Return the summary's row of one slide, as values by column. Its `level` is "slide".
 
-    The cohort CSV's own columns are added, with the prefix extra_ if the summary has a column of the same name.
+    The cohort CSV's own columns are added. The prefix extra_ is put before a name that the summary already has, or that
+    begins with seconds_ or estimated_.
 
     `record`: row of the slide in the cohort. `taxonomy`: classes of the nuclei. `status`: done, estimated or failed.
     `nuclei`: path of its nuclei.parquet; None for a slide that is not done. `tissue_mm2`: area that was searched in
@@ -125,7 +126,7 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
 
 
 def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) -> None:
-    """Raise InputError if the summary's row of a finished slide lacks numbers of a class, as after an edit by a user.
+    """Raise InputError if the summary's row of a finished slide lacks numbers of a class, for example after an edit.
 
     The numbers of nuclei must be integers; densities must be numbers if there are any.
 
@@ -157,10 +158,10 @@ def cohort_summary(
 ) -> Row:
     """Return the summary's row of the cohort, as values by column. Its `level` is "cohort".
 
-    Numbers of nuclei, seconds and tissue areas are sums over the slides, the areas without those of estimated slides.
-    Densities and quartiles are those of all nuclei together, not means over slides. The interval of the number of
-    nuclei treats all slides as slides from one source. It is missing if the slides have different errors of counts, or
-    one has none.
+    Numbers of nuclei, seconds and tissue areas are sums over the slides. Estimated slides do not count in the areas.
+    Densities and quartiles are computed from all nuclei together; they are not means over slides. The interval of the
+    number of nuclei treats all slides as slides from one source. It is missing if the finished slides have different
+    errors of counts, or one of them has none.
 
     `slides`: rows of the slides. `nuclei`: paths of the tables of finished slides. `taxonomy`: classes of the nuclei.
     `model_busy`: fraction (0 to 1) of the time in which the networks computed; None if unknown.
@@ -186,9 +187,9 @@ def cohort_summary(
 def write_summary(rows: Sequence[Row], taxonomy: Taxonomy, csv_path: Path, parquet_path: Path) -> None:
     """Write the rows of a summary to a CSV and a Parquet file. Existing files are replaced.
 
-    The columns are those of `summary_schema`, the estimates if there are any, the seconds by stage, and the cohort
-    CSV's own columns as text. Missing values are empty in the CSV and null in Parquet. Numbers have six significant
-    digits in the CSV and full precision in Parquet.
+    The columns are, in this order: the columns of `summary_schema`, the estimates if there are any, the seconds by
+    stage, and the cohort CSV's own columns as text. Missing values are empty in the CSV and null in Parquet. Numbers
+    have six significant digits in the CSV and full precision in Parquet.
 
     `rows`: rows of the slides and of the cohort. `taxonomy`: classes of the nuclei. `csv_path`, `parquet_path`: files
     to write.

@@ -23,11 +23,11 @@ torch.OutOfMemoryError if memory is too small."""
 
 
 def doubled(trial: Trial) -> int:
-    """Return the largest batch size that is worthwhile, a power of two up to MAX_BATCH.
+    """Return the largest batch size that is worthwhile, a power of two up to MAX_BATCH (1024).
 
-    The size is doubled from 1 on. Doubling ends when memory is too small, the batch takes more than MAX_SHARE of the
-    free memory, or the gain in tiles per second is less than MIN_GAIN. The result is 1 even if one tile takes too much
-    memory.
+    The size is doubled from 1 on. Doubling ends when memory is too small, the batch takes more than MAX_SHARE (60 %) of
+    the free memory, or the gain in tiles per second is less than MIN_GAIN (5 %). The result is 1 even if one tile takes
+    too much memory.
 
     `trial`: function that measures a batch size (see `Trial`). Its errors other than torch.OutOfMemoryError propagate.
     """

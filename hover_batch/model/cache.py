@@ -70,7 +70,8 @@ def download_path(source: str) -> Path:
     """Return the path of a download in the cache. The file may not exist.
 
     It is downloads/NAME.pth for a published name, and downloads/HASH/FILE for a URL. HASH is the first 16 hex digits of
-    the URL's SHA-256, and FILE is the last part of its path.
+    the URL's SHA-256. FILE is the last part of the URL's path without leading dots, or `file` if that is empty.
+    Characters of FILE other than ASCII letters, digits and . _ + - are replaced by _.
 
     `source`: URL or published name.
     """
@@ -85,8 +86,8 @@ def download_path(source: str) -> Path:
 def check_download(path: Path, expected: str | None = None) -> None:
     """Check the SHA-256 of a cached file, and record it in PATH.sha256 if it is not recorded there.
 
-    `path`: path of the file. `expected`: expected hash in hex, which replaces the recorded one. If None, the recorded
-    hash is expected; if none is recorded, any file is accepted.
+    `path`: path of the file. `expected`: expected hash in hex. If it matches, it replaces the recorded hash. If None,
+    the recorded hash is expected; if none is recorded, any file is accepted.
 
     PackageError if the hash differs, the file cannot be read, or the hash cannot be recorded. OSError if the disk is
     full.

@@ -37,7 +37,8 @@ _SOBEL = {"h_min", "h_max", "v_min", "v_max"}
 class Card:
     """Description of a model: architecture, classes, training data and scores.
 
-    PackageError if the tile sizes are invalid.
+    PackageError if `tile_out` is below 32, `tile_in` is above MAX_TILE (4096), or `tile_in` - `tile_out` is negative or
+    odd.
     """
 
     name: str
@@ -109,9 +110,9 @@ class Card:
             )
 
     def supported(self, settings: InferSettings) -> InferSettings:
-        """Return `settings` with the runtime torch, if it is `auto` and only torch can run this model's network.
+        """Return `settings`, with the runtime torch if it is `auto` and only torch can run this model's network.
 
-        InputError if another runtime is wanted for such a network.
+        InputError if only torch can run the network, and the runtime is neither `auto` nor torch.
         """
         from hover_batch.model.heads import TORCH_SYSTEMS
 
@@ -127,8 +128,8 @@ class Card:
     def to_json(self) -> dict[str, Any]:
         """Return the card as JSON values by name; the inverse of `from_json`.
 
-        Entries that were added in later versions are left out if they have their default value, so that old packages
-        can be written again with the same bytes.
+        `limits`, `uncertainty`, `seam_exact` and `system` are left out if they have their default value. They were
+        added in later versions, and old packages must keep the same bytes when they are written again.
         """
         values = {"format": FORMAT, **asdict(self), "taxonomy": self.taxonomy.to_json()}
         defaults = {"limits": {}, "uncertainty": {}, "seam_exact": True, "system": "hover"}
@@ -138,7 +139,7 @@ class Card:
     def from_json(cls, data: Any) -> Card:
         """Return the card in `data`, JSON values as `to_json` returns them. `data` may come from an untrusted file.
 
-        PackageError if an entry is missing, unknown or invalid, or the format is that of another version.
+        PackageError if a required entry is missing, an entry is unknown or invalid, or `format` is not FORMAT.
         """
         if not isinstance(data, Mapping):
             raise PackageError("the card is not a JSON object")

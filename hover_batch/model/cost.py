@@ -47,7 +47,8 @@ class Cost:
 def cost_of(network: nn.Module, card: Card) -> Cost:
     """Return the cost of a package's network. Only shapes are computed; the network is neither run nor changed.
 
-    The patch of a StoredNetwork is a tile, because it takes images of one size only.
+    The patch of a StoredNetwork is a tile, because it takes images of one size only. Its `parameters` are the constants
+    of its OpenVINO model.
 
     `network`: network of the package. `card`: card of the package, for the architecture and the sides of tiles.
 
@@ -87,8 +88,8 @@ def _macs(meta_network: nn.Module, side: int) -> int:
 def seconds_per_patch(network: nn.Module, card: Card, batch: int = 16) -> float:
     """Return the network's seconds per patch: the mean over one batch of random patches, after a warm-up.
 
-    It is measured on the device and in the precision of the network's weights. Use it only to compare networks on one
-    idle machine.
+    It is measured on the device of the network's weights, and in their precision unless torch.autocast is active. Use
+    it only to compare networks on one idle machine.
 
     `network`: network in evaluation mode. `card`: card of the package, for the side of the patches (see `patch_side`).
     `batch`: number of patches.

@@ -14,7 +14,7 @@ from hover_batch.model.in_flight import Streams
 def cuda_streams(device: torch.device) -> Streams:
     """Return new streams of the CUDA device `device` for upload and download, and its default stream for computation.
 
-    Networks compute in the default stream, so that they share memory with other calls. Errors of CUDA propagate.
+    Networks compute in the default stream, and therefore share memory with other calls. Errors of CUDA propagate.
     """
     upload, download = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]  # untyped in torch
     return Streams(

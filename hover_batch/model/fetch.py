@@ -28,8 +28,8 @@ _TIMEOUT_S = 60.0
 def fetched(source: str, sha256: str | None = None) -> Path:
     """Return the path of the cached file of `source`; download it if it is not in the cache.
 
-    The file's hash is recorded at its first use. A new download with another hash than expected is removed. Nothing is
-    downloaded if the environment variable HF_HUB_OFFLINE is set.
+    The file's hash is recorded at its first use. A new download with another hash than expected is removed. If the
+    environment variable HF_HUB_OFFLINE is 1, ON, YES or TRUE, nothing is downloaded.
 
     `source`: key of KINDS, or a URL with https (http only to this machine). `sha256`: expected SHA-256 in hex; by
     default the recorded one, if any.

@@ -15,10 +15,10 @@ FINE = 4
 
 
 def fine_layers_in_fp32(network: nn.Module, side: int) -> nn.Module:
-    """Return `network` with the convolutions of its encoder that have a high resolution in fp32.
+    """Return a student in which autocast computes the encoder's convolutions of high resolution in fp32.
 
-    These are the convolutions whose output has at least 1/FINE of the tile's side. A U-Net of
-    segmentation-models-pytorch is changed in place; any other network is returned unchanged.
+    These are the convolutions whose output has at least 1/FINE (a quarter) of the tile's side. The encoder is run once
+    to find them. A U-Net of segmentation-models-pytorch is changed in place; any other network is returned unchanged.
 
     `network`: network in evaluation mode. `side`: side of the tiles in pixels.
     """

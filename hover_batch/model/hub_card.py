@@ -28,8 +28,8 @@ _LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "CC BY 4.0": "cc-by-4.0", "Ap
 def hub_card(package: Package) -> str:
     """Return the text of a package's README.md for Hugging Face: YAML metadata, then Markdown.
 
-    All values come from the package's card, except the hash of the file. In the metadata, a licence that Hugging Face
-    has no identifier for is `other`.
+    All values come from the package's card, except the hash of the file. In the metadata, the licence is CC BY-NC-SA
+    4.0, CC BY 4.0, Apache-2.0 or MIT if the card's licence begins with this name; otherwise it is `other`.
 
     `package`: package on disk.
     """

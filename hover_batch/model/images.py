@@ -35,10 +35,10 @@ def batch_of(card: Card, shapes: Iterable[tuple[int, ...]] = ()) -> int:
 
 
 def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the maps of a whole image, (plane, y, x) uint8 (see `MapLayout`), predicted tile by tile.
+    """Run the network on a whole image, tile by tile. Return its maps, (plane, y, x) uint8 (see `MapLayout`).
 
-    Beyond its border, the image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved, for later
-    calls as well.
+    Beyond its border, the image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved for
+    this and all later calls.
 
     `predictor`: loaded network. `image`: (y, x, 3) uint8 RGB of any size, with the pixel size of the model, `card.mpp`.
 
@@ -48,11 +48,11 @@ def predict_image(predictor: Predictor, image: NDArray[np.uint8]) -> NDArray[np.
 
 
 def image_logits(predictor: Predictor, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.float32]]:
-    """Return the network's output for each of several whole images, (channel, y, x) float32 (see `Heads`).
+    """Run the network on whole images, tile by tile. Return the output for each, (channel, y, x) float32 (see `Heads`).
 
     Tiles of several images share batches, without effect on the output (see `hover_batch.model.predict`). Beyond its
-    border, an image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved, for later calls as
-    well.
+    border, an image is reflected. If the GPU runs out of memory, `predictor.at_once` is halved for this and all later
+    calls.
 
     `predictor`: loaded network. `images`: (y, x, 3) uint8 RGB each, of any sizes, with the pixel size of the model,
     `card.mpp`.

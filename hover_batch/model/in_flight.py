@@ -157,8 +157,8 @@ def in_flight(
 
     At most IN_FLIGHT batches are pending at a time.
 
-    `batches`: key and tiles of each batch; read only as far as needed. `submit`: begins to predict a batch, as
-    `Predictor.submit` does; its errors propagate.
+    `batches`: key and tiles of each batch; read only as far as needed. `submit`: function that starts a batch and
+    returns it without its result, such as `Predictor.submit`; its errors propagate.
     """
     waiting: deque[tuple[Key, Pending]] = deque()
     for key, tiles in batches:

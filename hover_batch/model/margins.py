@@ -23,8 +23,8 @@ Window = tuple[int, int]
 def without_margin(network: nn.Module, tile_in: int, tile_out: int) -> nn.Module:
     """Return a network that computes only the kept pixels, the central `tile_out` × `tile_out` of each tile.
 
-    It maps (b, 3, tile_in, tile_in) to (b, channels, tile_out, tile_out) and shares the weights of `network`. If the
-    tiles have no margin, or `network` is not a U-Net with BLOCKS decoder blocks, as the students are, `network` itself
+    It maps (b, 3, tile_in, tile_in) to (b, channels, tile_out, tile_out) and shares the weights of `network`. Students
+    are U-Nets with BLOCKS (5) decoder blocks. For any other network, and if the tiles have no margin, `network` itself
     is returned.
 
     `tile_in`, `tile_out`: sides in pixels of a tile and of its kept part.

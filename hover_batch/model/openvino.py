@@ -33,7 +33,7 @@ LIBRARIES = ("openvino", "torch", "segmentation-models-pytorch", "timm")
 
 @cache
 def core() -> Any:
-    """Return the OpenVINO core of this process, which is never destroyed. ImportError if OpenVINO is not installed.
+    """Return the OpenVINO core of this process. It is never destroyed. ImportError if OpenVINO is not installed.
 
     On CPUs with AMX a core gives its thread another signal stack, and its destruction frees that stack and restores the
     one before. If two cores do this out of order, the restored stack is freed memory, and the next signal, such as
@@ -192,7 +192,7 @@ def _key(package_sha256: str, side: int, code: Path | None) -> str:
 
 @contextlib.contextmanager
 def as_package_error() -> Iterator[None]:
-    """Return a context manager that converts a RuntimeError to a PackageError, which advises --runtime torch."""
+    """Return a context manager that converts a RuntimeError to a PackageError with the advice --runtime torch."""
     try:
         yield
     except RuntimeError as error:

@@ -139,7 +139,7 @@ def load_tensors(package: Package) -> dict[str, torch.Tensor]:
 def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:
     """Write a package with the weights of `network` and `card` to `path`, atomically; an existing file is replaced.
 
-    In the file, the card's `weights_sha256` is that of the stored weights.
+    In the file, the card's `weights_sha256` is the hash of the stored weights.
 
     `half`: store floating-point weights as float16, for students, whose training ensures that they fit; False to store
     them unchanged, since the statistics of other networks may exceed float16's range.
@@ -158,8 +158,8 @@ def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = Tru
 def save_with_card(package: Package, card: Card, path: Path) -> None:
     """Write a copy of `package` with the card `card` to `path`, atomically. The weights and their hash are unchanged.
 
-    `path` may be that of the package; an existing file is replaced. PackageError if the package's weights cannot be
-    read or do not match its own card, OSError if the file cannot be written.
+    `path` may be the file of the package itself; an existing file is replaced. PackageError if the package's weights
+    cannot be read or do not match its own card, OSError if the file cannot be written.
     """
     _write(path, load_tensors(package), replace(card, weights_sha256=package.card.weights_sha256))
 

@@ -38,13 +38,13 @@ _SHORT = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Predictor:
     """Network on its device, ready to predict batches of tiles.
 
-    `network`: as `load_network` returns it, or an OpenVinoNetwork. `card`: card of its package. `settings`: may contain
+    `network`: result of `load_network`, or an OpenVinoNetwork. `card`: card of its package. `settings`: may contain
     `auto`. Call it from one thread at a time; threads that share it hold `turn`.
 
     Settings of this process are changed: on the CPU, torch's number of threads is set; on a GPU, cuDNN computes without
     TF32.
 
-    InputError if the device cannot be used; PackageError if the network cannot be compiled for it.
+    InputError if the device or the runtime cannot be used; PackageError if the network cannot be compiled for it.
     """
 
     def __init__(self, network: nn.Module, card: Card, settings: InferSettings) -> None:
@@ -98,11 +98,11 @@ class Predictor:
         return doubled(cuda_trial(compute, self.card.tile_in, self.device))
 
     def submit(self, tiles: Sequence[NDArray[np.uint8]]) -> Pending:
-        """Begin to predict tiles; `Pending.result` returns their maps, as `predict` does.
+        """Start the network on tiles. Return the batch, whose `result` gives the maps that `predict` would return.
 
         On a GPU, the call returns without waiting for the device, and `Pending.result` raises the errors of the device.
-        Otherwise the maps are computed at once, with the errors of `predict`. Several threads may call this method;
-        they take turns.
+        Otherwise, this call computes the maps, and raises the errors of `predict`. Several threads may call this
+        method; they take turns.
 
         `tiles`: RGB (tile_in, tile_in, 3) uint8 each, at most `batch` of them.
         """
@@ -122,8 +122,8 @@ class Predictor:
     def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the maps (n, plane, tile_out, tile_out) uint8 of the kept pixels of tiles (see `MapLayout`).
 
-        If fp16 overflows, the tiles are computed again in fp32. If the device runs out of memory, `at_once` is halved,
-        for later calls as well.
+        If fp16 overflows, the tiles are computed again in fp32. If the device runs out of memory, `at_once` is halved
+        for this and all later calls.
 
         `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch` of them.
 
@@ -136,7 +136,7 @@ class Predictor:
         """Return the network's output for the kept pixels of tiles (see `Heads`).
 
         It is (n, channel, tile_out, tile_out) float32. If fp16 overflows, the tiles are computed again in fp32. If the
-        device runs out of memory, `at_once` is halved, for later calls as well.
+        device runs out of memory, `at_once` is halved for this and all later calls.
 
         `tiles`: (n, tile_in, tile_in, 3) uint8 RGB, at most `batch` of them.
 
@@ -216,8 +216,8 @@ def load_predictor(package: Package, settings: InferSettings) -> Predictor:
 
     `package`: package on disk. `settings`: settings of inference, which may contain `auto`.
 
-    InputError if the device cannot be used, PackageError if the weights cannot be loaded or the network cannot be
-    compiled.
+    InputError if the device or the runtime cannot be used, PackageError if the weights cannot be loaded or the network
+    cannot be compiled.
     """
     card, resolved = package.card, resolve(package.card.supported(settings))
     if resolved.runtime != "openvino":
@@ -236,9 +236,10 @@ def auto_batch(package: Package, settings: InferSettings) -> int:
     """Return the batch size that inference with `settings` uses for `package` on this machine.
 
     The network is loaded, and released afterwards. With `--batch auto` on a GPU, the size is found in a trial of a few
-    seconds; otherwise it is that of `resolve`. Settings of this process are changed as by `load_predictor`.
+    seconds; otherwise it is the size that `resolve` returns. On the CPU, torch's number of threads in this process is
+    set; on a GPU, cuDNN computes without TF32 from then on.
 
-    InputError if the device cannot be used, PackageError if the network cannot be loaded or compiled.
+    InputError if the device or the runtime cannot be used, PackageError if the network cannot be loaded or compiled.
     """
     batch = load_predictor(package, settings).batch
     torch.cuda.empty_cache()  # for the processes that will use the GPU
@@ -293,11 +294,11 @@ def stain_density(rgb: Tensor) -> Tensor:
 def resolve(settings: InferSettings) -> InferSettings:
     """Return the settings with `auto` replaced by the device, precision and runtime for this machine.
 
-    A run records the result. On the CPU, an `auto` batch size is replaced, too. On a GPU, AUTO_BATCH remains, because
-    the batch size depends on the network (see `auto_batch`).
+    A run records the result. On the CPU, the batch size AUTO_BATCH is replaced by `InferSettings.batch`. On a GPU,
+    AUTO_BATCH remains, because the batch size depends on the network (see `auto_batch`).
 
-    InputError if the device is not available, or if the runtime is openvino and the device is not the CPU or the
-    precision is fp16 or bf16.
+    InputError if the device is not available, or if the runtime openvino is combined with a device other than the CPU
+    or with the precision fp16 or bf16.
     """
     if settings.runtime == "openvino":
         device = _device("cpu" if settings.device == "auto" else settings.device)

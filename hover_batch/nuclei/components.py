@@ -24,7 +24,7 @@ from hover_batch.nuclei.markers import MIN_PIXELS
 class Components:
     """4-connected components of the foreground of a window, numbered by their first pixels in raster order.
 
-    Row 0 of each array is that of the background, whose values are not used.
+    Row 0 of each array belongs to the background; its values are not used.
     """
 
     labels: NDArray[np.int32]
@@ -44,7 +44,7 @@ class Components:
 
     @property
     def large(self) -> NDArray[np.bool_]:
-        """True for each component with at least MIN_PIXELS pixels, (n,) bool; False for the background."""
+        """True for each component with at least MIN_PIXELS (10) pixels, (n,) bool; False for the background."""
         large = self.pixels >= MIN_PIXELS
         large[0] = False
         return large
@@ -62,7 +62,7 @@ class Splitter(Protocol):
         """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
         Instances are numbered 1 … n without gaps. Components of fewer than MIN_PIXELS pixels are dropped. The result is
-        exact for components at least `regions.MARGIN` pixels from the window's edge.
+        exact for components at least `regions.MARGIN` (16) pixels from the window's edge.
 
         `planes` (2, y, x) uint8: stored planes h and v. `components`: components of the same window. `chosen` (n,):
         whether each component is split; the others become background.

@@ -32,7 +32,7 @@ class DynamicWatershed:
         """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
         Instances are numbered 1 … n by component, then by the first pixel of their maximum. Components of fewer than
-        MIN_PIXELS pixels are dropped.
+        MIN_PIXELS (10) pixels are dropped.
 
         `planes` (2, y, x) uint8: the stored distance, and a plane that is not used. `components`: components of the
         same window. `chosen` (n,): whether each component is split; the others become background.
@@ -74,9 +74,9 @@ def maxima(own: NDArray[np.bool_], height_of: NDArray[np.int8], dynamic: int) ->
     """Return the maxima of a component that are at least `dynamic` high, (y, x) int32, 0 = none, and their number.
 
     The height of a maximum is its value minus the lowest value on the path to a higher maximum, along the path where
-    this lowest value is highest. The highest maximum of the component always remains, so the number is at least 1. The
-    pixels of a maximum are those of its basin that are less than `dynamic` below it. Maxima are numbered by their first
-    pixels.
+    this lowest value is highest. The highest maximum of the component always remains, so the number is at least 1. A
+    maximum consists of the pixels of its basin that are less than `dynamic` below its highest value. Maxima are
+    numbered by their first pixels.
 
     Pixels are added from the highest to the lowest, equal ones in raster order. A pixel that joins two basins merges
     them if the lower one is less than `dynamic` high.

@@ -52,9 +52,9 @@ def energy_around(
 ) -> NDArray[np.float32]:
     """Return the energy landscape of a box and one pixel around it: (y1 - y0 + 2, x1 - x0 + 2) float32.
 
-    It is max(1 - Sobel_x(h), 1 - Sobel_y(v), 0) of the scaled Sobel maps, which is high where h and v, the distances to
-    the centroid, jump from one nucleus to the next. The energy of pixels outside of the foreground is 1. (The reference
-    masks them later, with the same effect.) Beyond the window's edge, the energy is reflected.
+    It is max(1 - Sobel_x(h), 1 - Sobel_y(v), 0), computed from the scaled Sobel maps. It is high where h and v, the
+    distances to the centroid, jump from one nucleus to the next. The energy of pixels outside of the foreground is 1.
+    (The reference masks them later, with the same effect.) Beyond the window's edge, the energy is reflected.
 
     `h`, `v` (y, x): stored planes of a window, viewed as int8. `foreground` (n,): whether each component belongs to the
     foreground. `labels` (y, x): component of each pixel. `box`: x0, y0, x1, y1 in pixels of the window, half-open.
@@ -103,7 +103,8 @@ def mask_hv(maps: NDArray[np.uint8]) -> None:
     These are the pixels that no Sobel filter centred on the foreground reaches. A band of SOBEL_RADIUS pixels along the
     unit's edges keeps its values, for the foreground of neighbouring units.
 
-    Do not use this function if Sobel maps will be scaled by the extremes of windows, which include the background.
+    Do not use this function if Sobel maps will be scaled by the extremes of windows, because these include the
+    background.
 
     `maps` (plane, y, x) uint8: stored maps of a unit (see `MapLayout`).
     """

@@ -19,7 +19,7 @@ class WholeComponents:
     def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Return components of a window as one instance each, (y, x) int32, numbered 1 … n, 0 = background.
 
-        Components of fewer than MIN_PIXELS pixels are dropped.
+        Components of fewer than MIN_PIXELS (10) pixels are dropped.
 
         `planes` is not used. `components`: components of the window. `chosen` (n,): whether each component is kept; the
         others become background.

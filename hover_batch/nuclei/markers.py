@@ -28,9 +28,9 @@ def markers_of(
     """Return the markers of a component, (y, x) int32, 0 = none, and their number m.
 
     Markers are the 4-connected pieces of the pixels with an energy below MARKER_ENERGY, after holes are filled and the
-    result is opened by an ellipse of 5 × 5 pixels. They are numbered 1 … m in the order of their first pixels. Markers
-    of fewer than MIN_PIXELS pixels are dropped. Only pixels of `own` are labelled; others that filling and opening add
-    count towards MIN_PIXELS.
+    result is opened by an ellipse of 5 × 5 pixels. They are numbered 1 … m in the order of their first pixels. Only
+    pixels of `own` are labelled. Other pixels that filling and opening add are counted in the size of a marker. Markers
+    of fewer than MIN_PIXELS (10) pixels, and markers without a pixel of `own`, are dropped.
 
     `own` (y, x): the component's pixels in its bounding box. `energy` (y + 2, x + 2) float32: see `energy_around`.
     `edges`: whether the box touches the left, upper, right and lower edge of the window; like OpenCV, the erosion

@@ -31,10 +31,14 @@ class JoinedPieces:
     """Splitter of Mask R-CNN."""
 
     def split(self, planes: NDArray[np.uint8], components: Components, chosen: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """Split the `chosen` components of a window (see `Splitter.split`).
+        """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
-        `planes` (2, y, x): the stored distances to the centre along x and y, in whole pixels. Instances are numbered by
-        their first pixels in raster order.
+        Instances are numbered 1 … n by their first pixels in raster order. Components and instances of fewer than
+        MIN_PIXELS pixels are dropped.
+
+        `planes` (2, y, x) uint8: stored distances to the centre along x and y, whole pixels as two's-complement bytes.
+        `components`: components of the same window. `chosen` (n,): whether each component is split; the others become
+        background.
         """
         height, width = components.labels.shape
         y, x = np.nonzero((chosen & components.large)[components.labels])

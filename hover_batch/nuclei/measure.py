@@ -107,8 +107,8 @@ def measure(
     `seam_uncertain` is False for all.
 
     `instances` (y, x) int32: 0 = background, 1 … n without gaps. `maps` (plane, y, x) uint8: stored maps of the same
-    window. `layout`: layout of the planes of `maps`. `origin`: absolute (x, y) of the window's first pixel, which is
-    added to all positions.
+    window. `layout`: layout of the planes of `maps`. `origin`: absolute (x, y) of the window's first pixel; it is added
+    to all positions.
     """
     n = int(instances.max())
     maps = np.ascontiguousarray(maps)

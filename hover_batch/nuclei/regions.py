@@ -27,7 +27,7 @@ def owned(core: Box, nuclei: Nuclei) -> Nuclei:
 
 
 def clear_of_margin(bounds: NDArray[np.int64], window: Box) -> NDArray[np.bool_]:
-    """Return, for each box, True if it lies in `window` without touching its margin, MARGIN pixels wide: (n,) bool.
+    """Return, for each box, True if it lies in `window` without touching its margin of MARGIN (16) pixels: (n,) bool.
 
     `bounds` (n, 4): x0, y0, x1, y1 of each box, half-open, relative to the window. `window`: only its size matters.
     """

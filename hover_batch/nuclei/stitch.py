@@ -48,8 +48,8 @@ def nuclei_of_region(
 
     `read`: returns the maps (plane, y, x) uint8 of any box, in the planes of `layout`, with zeros outside of the canvas
     and where nothing was predicted; its exceptions propagate. `core`: box in absolute inference pixels. `settings`:
-    halo, smallest area and largest component. `splitter`: post-processing of the model's system; None for HoVerNet's
-    with the extremes of this region's window, for `--sobel-norm window`.
+    halo, largest component, and number of pixels below which nuclei are dropped. `splitter`: post-processing of the
+    model's system; None for HoVerNet's with the extremes of this region's window, for `--sobel-norm window`.
     """
     view = _View.of(read, core.expand(settings.halo), layout)
     if splitter is None:
@@ -79,13 +79,13 @@ def nuclei_of_region(
 
 
 def load_kernels(layout: MapLayout, splitter: Splitter | None) -> None:
-    """Run post-processing once on a small artificial region, so that its compiled functions are in memory.
+    """Run post-processing once on a small artificial region, to load its compiled functions into memory.
 
     Otherwise, each process would wait for them at its first region. If numba's cache does not have them, they are
-    compiled, which takes longer.
+    compiled; this takes longer.
 
-    `layout`: planes of the maps that will be processed. `splitter`: post-processing of the model's system; None as in
-    `nuclei_of_region`.
+    `layout`: planes of the maps that will be processed. `splitter`: post-processing of the model's system; None for
+    HoVerNet's with each window's extremes.
     """
 
     def square(box: Box) -> NDArray[np.uint8]:

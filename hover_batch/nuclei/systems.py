@@ -23,8 +23,8 @@ _SPLITTERS: dict[str, Callable[[Mapping[str, float]], Splitter]] = {
 def splitter(system: str, sobel: Mapping[str, float]) -> Splitter:
     """Return the post-processing of a system.
 
-    `system`: key of `hover_batch.model.heads.SYSTEMS`. `sobel`: Sobel constants as in cards; ignored by systems without
-    Sobel maps.
+    `system`: key of `hover_batch.model.heads.SYSTEMS`. `sobel`: Sobel constants by name (see `Card.sobel`); ignored by
+    systems without Sobel maps.
 
     KeyError if the system is not known, PackageError if its constants are invalid.
     """
@@ -34,8 +34,8 @@ def splitter(system: str, sobel: Mapping[str, float]) -> Splitter:
 def splitter_of(card: Card, sobel_norm: SobelNorm = "fixed") -> Splitter | None:
     """Return the post-processing of a model.
 
-    None for `sobel_norm` "window", which means HoVerNet's post-processing with Sobel maps normalised by each window's
-    extremes.
+    The result is None for `sobel_norm` "window". `nuclei_of_region` and `instance_map` then apply HoVerNet's
+    post-processing, with Sobel maps normalised by each window's extremes.
 
     `card`: card of the model. `sobel_norm`: "fixed" for the constants on the card, "window" for each window's extremes.
 

@@ -71,7 +71,10 @@ class TableContext:
     def to_json(self) -> dict[str, Any]:
         """Return the entry `hover_batch` of the file's metadata, as JSON values by name.
 
-        The key `estimate` is left out for the table of a whole slide. `scalings` are not included.
+        The keys are `schema_version`, `software`, `slide_id`, `mpp` and `inference_mpp` (each with `x` and `y` in µm),
+        `mpp_source`, `level0` (`width`, `height`), `bounds` (`x0`, `y0`, `x1`, `y1`, or None), `inference_scale` (`x`,
+        `y`: level-0 pixels per inference pixel), `taxonomy`, `model` (`id`, `sha256`) and, unless the table is of a
+        whole slide, `estimate`. `scalings` are not included.
         """
         grid = self.grid
         return {
@@ -142,7 +145,7 @@ def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Sch
 
 
 def part_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
-    """Return the columns of a part: those of nuclei.parquet, with the anchor instead of nucleus_id.
+    """Return the columns of a part. They are the columns of nuclei.parquet, with the anchor instead of nucleus_id.
 
     The columns anchor_y and anchor_x, in inference pixels, come first; the merge sorts by them. No column is nullable.
 
@@ -156,7 +159,7 @@ def part_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Sche
 def to_arrow(nuclei: Nuclei, context: TableContext) -> pa.Table:
     """Convert nuclei in inference pixels to rows of `part_schema`, in level-0 pixels and µm, in the same order.
 
-    Lengths in µm are those in pixels times the geometric mean of a pixel's sides.
+    Lengths in pixels are multiplied by the geometric mean of a pixel's sides in µm, and areas by its area in µm².
 
     `nuclei`: nuclei in absolute pixels of the slide's inference grid. `context`: slide and model.
     """

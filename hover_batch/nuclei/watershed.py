@@ -82,9 +82,9 @@ class SobelConstants:
         """Split components of a window into instances. Return the instances (y, x) int32, 0 = background.
 
         A component with one marker becomes one instance, because flooding from one marker fills its component. A
-        component without markers, or of fewer than MIN_PIXELS pixels, is dropped. Instances are numbered 1 … n by
-        component, then by the first pixel of their marker. The result is exact for components at least REACH pixels
-        from the window's edge.
+        component without markers, or of fewer than MIN_PIXELS (10) pixels, is dropped. Instances are numbered 1 … n by
+        component, then by the first pixel of their marker. The result is exact for components at least REACH (11)
+        pixels from the window's edge.
 
         `planes` (2, y, x) uint8: stored planes h and v. `components`: components of the same window. `chosen` (n,):
         whether each component is split; the others become background.
@@ -123,8 +123,9 @@ def instance_map(
 ) -> NDArray[np.int32]:
     """Return the instances of a window, (y, x) int32, numbered 1 … n, 0 = background.
 
-    With a `splitter`, the maps count as zero outside of the window, so that a whole canvas gives the same instances as
-    any tiling of it. Without one, the window's edge is treated as in the reference implementation.
+    With a `splitter`, the maps count as zero outside of the window. A whole canvas then gives the same instances as any
+    tiling of it. Without one, h, v and the energy are reflected beyond the window's edge, as in the reference
+    implementation.
 
     `np_map`, `h`, `v` (y, x) uint8: stored planes (see `MapLayout`). `splitter`: post-processing of the model's system;
     None for HoVerNet's with Sobel maps normalised by their own extremes.

@@ -41,7 +41,7 @@ class SlideRow:
 
     @property
     def seconds(self) -> float | None:
-        """Total seconds of all stages of the slide; None if none is known, as for a slide that is not done."""
+        """Total seconds of all stages of the slide; None if none is known. Slides that are not done have none."""
         stages = self.stages
         return sum(stages.values()) if stages else None
 

@@ -58,7 +58,7 @@ class Cells:
 
     @classmethod
     def over(cls, canvas: Size, mpp: Mpp) -> Cells:
-        """Return the finest grid over a slide with at most CELLS cells along a side and cells of at least MIN_CELL_UM.
+        """Return the finest grid with at most CELLS (96) cells along a side and cells of at least MIN_CELL_UM (50 µm).
 
         `canvas`: size of the slide in level-0 pixels. `mpp`: pixel size of level 0 in µm.
         """
@@ -112,8 +112,8 @@ class Measured:
 def measure(table: NucleiTable, choose: int) -> Measured:
     """Return the histograms, the nuclei per cell, and randomly chosen nuclei of a table, in one pass over its rows.
 
-    Only one batch is held in memory. The slide_id is the seed of the random choice, so that equal tables give equal
-    choices.
+    Only one batch is held in memory. The slide_id is the seed of the random choice; equal tables therefore give the
+    same nuclei.
 
     `choose`: largest number of nuclei to choose. SlideError if the file is corrupted.
     """

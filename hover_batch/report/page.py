@@ -63,7 +63,7 @@ class Pages:
     def close(self, report: Report) -> None:
         """Write the last page of pictures and the front page, whose content is `report`.
 
-        Pages left by an earlier report are removed, and their folder, too, if it is then empty.
+        Pages that an earlier report left are removed. Their folder is removed if it is then empty.
 
         OSError if a file cannot be written or removed.
         """

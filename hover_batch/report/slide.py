@@ -40,7 +40,8 @@ class SlideReport:
 def report_slide(layout: SlideLayout, row: SlideRow, record: SlideRecord, to_run: str | None) -> SlideReport:
     """Return the pictures and measurements of a finished slide.
 
-    Missing and corrupted files are listed in `detail.missing` of the result; they raise no error.
+    Missing and corrupted files, and a slide that cannot be opened, are listed in `detail.missing` of the result. They
+    raise no error.
 
     `layout`: paths of the slide's results. `row`: its row in the report's table. `record`: its row in the cohort.
     `to_run`: relative link from the page to the run's folder; None if the report is outside of it.
@@ -105,7 +106,7 @@ def _crops(layout: SlideLayout, record: SlideRecord, table: NucleiTable, measure
 
 
 def crop_box(x: float, y: float, canvas: Size, mpp: Mpp) -> Box:
-    """Return the square of CROP_UM around a position, as a box in level-0 pixels.
+    """Return the square with sides of CROP_UM (64 µm) around a position, as a box in level-0 pixels.
 
     A square that extends beyond the slide is moved inside, and clipped if the slide is smaller.
 

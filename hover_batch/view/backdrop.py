@@ -43,7 +43,7 @@ class Backdrop:
         self.max_level = max(0, math.ceil(math.log2(max(level0.width, level0.height) / finest / TILE)))
 
     def tile(self, level: int, column: int, row: int) -> bytes | None:
-        """Return a tile of the pyramid as a JPEG of at most TILE × TILE pixels; None if there is no such tile.
+        """Return a tile of the pyramid as a JPEG of at most 512 × 512 pixels (TILE); None if there is no such tile.
 
         Tiles at the right and lower edges may be smaller. `level`: level of the pyramid, 0 for the coarsest. `column`,
         `row`: position in the grid of tiles of this level. SlideError if the slide can no longer be read.

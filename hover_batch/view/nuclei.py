@@ -134,7 +134,7 @@ class NucleiTiles:
     def density(self, level: int, column: int, row: int) -> bytes | None:
         """Return the numbers of nuclei by class in the cells of one density tile; None if there is no such tile.
 
-        The bytes are an array (class, y, x) of little-endian uint32 with CELLS cells along y and along x.
+        The bytes are an array (class, y, x) of little-endian uint32 with CELLS (128) cells along y and along x.
 
         `level`: level of the density tiles, whose cells are 2^level level-0 pixels wide. `column`, `row`: position of
         the tile in the grid of tiles of this level.

@@ -22,7 +22,7 @@ Notify = Callable[[str], None]
 
 
 def serve(folder: Path | Url, slide_id: str | None, port: int, notify: Notify) -> Server:
-    """Return a server for one slide of a run, which the caller closes with `server_close` or a `with` block.
+    """Return a server for one slide of a run. The caller closes it with `server_close` or a `with` block.
 
     It listens on this machine only (127.0.0.1), and answers once its `serve_forever` is called. If the slide cannot be
     opened, its thumbnail is shown instead.
@@ -31,9 +31,10 @@ def serve(folder: Path | Url, slide_id: str | None, port: int, notify: Notify) -
     on this machine. `slide_id`: slide to show; None for the only slide. `port`: port to listen on; 0 for any free port.
     `notify`: function that is called with lines about progress.
 
-    InputError if the folder holds no run, the port is taken, or the slide is not in the run, not done or cannot be
-    shown; SlideError if its table is corrupted; OSError if a file of the run or data set cannot be read; UploadError if
-    a data set in a bucket cannot be read.
+    InputError if the folder holds no run, the port cannot be used, `slide_id` is None but there are several slides, the
+    slide is not in the run, is not done or cannot be shown, or the run of a data set's slide is ambiguous or no longer
+    at its place; SlideError if its table is corrupted; OSError if a file of the run or data set cannot be read;
+    UploadError if a data set in a bucket cannot be read.
     """
     if isinstance(folder, Url) or DatasetLayout(folder).slides_parquet.is_file():
         folder = _run_of(folder, slide_id)

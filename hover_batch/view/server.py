@@ -122,7 +122,8 @@ def _json(value: dict[str, Any] | None) -> Answer | None:
 class Server(socketserver.ThreadingTCPServer):
     """Server that listens on loopback as soon as it is made, and answers once `site` is set and `serve_forever` runs.
 
-    `port`: 0 for any free port. InputError if it is taken. Each request is answered in a thread of its own.
+    Each request is answered in a thread of its own. `port`: 0 for any free port. InputError if the server cannot listen
+    on it, for example because it is taken.
     """
 
     site: Site
@@ -147,10 +148,10 @@ class Server(socketserver.ThreadingTCPServer):
         return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the error of a request, unless the browser closed the connection.
+        """Print the error of a request to stderr. Print nothing if the browser closed the connection.
 
-        Browsers close connections when they no longer need a tile. The arguments are those of
-        `socketserver.BaseServer.handle_error`.
+        Browsers close connections when they no longer need a tile. `socketserver.BaseServer.handle_error`, which this
+        method overrides, describes the arguments.
         """
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)

@@ -43,7 +43,9 @@ Address = Annotated[
 
 
 def check_package_file(out: Path) -> None:
-    """Check that the package file `out` can be written, before minutes of work. Its folder is created.
+    """Check that the package file `out` can be written. Missing folders are created.
+
+    Call this before a long computation.
 
     Raises InputError if the name does not end in .safetensors, or the file cannot be written.
     """

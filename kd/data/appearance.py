@@ -27,7 +27,7 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
     gamma (0.5), sharpening (0.15), loss of resolution (0.25), blur (0.15), noise (0.15) and JPEG compression (0.2). If
     none is made, the result is `image` itself, not a copy.
 
-    `image`: square image. `rng`: generator of the random numbers, which is advanced.
+    `image`: square image. `rng`: generator of the random numbers; it is advanced.
     """
     if rng.random() < 0.7:
         image = jitter_stain(image, rng)
@@ -56,7 +56,7 @@ def color_and_blur(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
     `change_color`). With probability 0.5, a Gaussian of 3 × 3 pixels with a standard deviation of 1 to 2 pixels blurs
     the image. If neither is applied, the result is `image` itself, not a copy.
 
-    `rng`: generator of the random numbers, which is advanced.
+    `rng`: generator of the random numbers; it is advanced.
     """
     if rng.random() < 0.5:
         names = rng.permutation(["brightness", "contrast", "saturation", "hue"])
@@ -116,7 +116,7 @@ def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
     The densities of hematoxylin, eosin and the residual are independently multiplied by 0.65 to 1.6 and shifted by up
     to 0.03 (see `change_stain`).
 
-    `rng`: generator of the random numbers, which is advanced.
+    `rng`: generator of the random numbers; it is advanced.
     """
     return change_stain(image, rng.uniform(0.65, 1.6, 3), rng.uniform(-0.03, 0.03, 3))
 
@@ -124,7 +124,8 @@ def jitter_stain(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
 def change_stain(image: NDArray[np.uint8], factors: ArrayLike, offsets: ArrayLike = (0, 0, 0)) -> NDArray[np.uint8]:
     """Return an image (y, x, 3) uint8 RGB with the densities of its stains scaled and shifted.
 
-    The density of an intensity I is the natural logarithm -ln((I + 1) / 256). Results beyond 0 to 255 are clipped.
+    The optical density of an intensity I is -ln((I + 1) / 256). The density of each stain is multiplied by its factor,
+    and then its offset is added. Results outside 0 to 255 are clipped.
 
     `factors`, `offsets`: three values, for hematoxylin, eosin and the residual (stain vectors of Ruifrok & Johnston
     2001); offsets are in units of this density.
@@ -142,7 +143,7 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
     Contrast about the image's mean is multiplied by 0.8 to 1.25 and saturation by 0.75 to 1.25; brightness changes by
     up to 20 of 255 levels, and hue by up to 12°.
 
-    `rng`: generator of the random numbers, which is advanced.
+    `rng`: generator of the random numbers; it is advanced.
     """
     pixels = image.astype(np.float32)
     pixels = (pixels - pixels.mean()) * rng.uniform(0.8, 1.25) + pixels.mean() + rng.uniform(-20, 20)
@@ -160,7 +161,7 @@ def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
     The logarithm of the exponent is uniformly distributed; the exponent is between 0.6 and 2.5. Dark results resemble
     images from old scanners and of thick sections, where nuclei are black.
 
-    `rng`: generator of the random numbers, which is advanced.
+    `rng`: generator of the random numbers; it is advanced.
     """
     return change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
 
@@ -180,7 +181,7 @@ def sharpen(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.ui
     The difference between the image and a blurred copy is multiplied by 0.3 to 1.5 and added to the image. The blur is
     a Gaussian with a standard deviation of 0.8 to 2 pixels.
 
-    `rng`: generator of the random numbers, which is advanced.
+    `rng`: generator of the random numbers; it is advanced.
     """
     amount = rng.uniform(0.3, 1.5)
     blurred = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.8, 2.0))
@@ -192,7 +193,7 @@ def lose_resolution(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArr
 
     The image is reduced by area averages, then enlarged to its old size by bilinear or bicubic interpolation.
 
-    `image`: square image. `rng`: generator of the random numbers, which is advanced.
+    `image`: square image. `rng`: generator of the random numbers; it is advanced.
     """
     side = image.shape[0]
     reduced_side = int(side / rng.uniform(1.3, 2.2))

@@ -66,15 +66,15 @@ class Entry:
 
 
 def is_cache(path: Path) -> bool:
-    """True if the suffix of `path` is that of a cache, .zarr or .npz. The file need not exist."""
+    """True if `path` ends in .zarr or .npz, the suffixes of caches. The file need not exist."""
     return path.suffix in SUFFIXES
 
 
 class CacheWriter:
-    """Writer of a cache, one image at a time. Use `writing`, which makes it and finishes it.
+    """Writer of a cache, one image at a time. Use `writing`, which creates the writer and calls `finish`.
 
     `path`: zarr group or .npz file to create, by its suffix; an existing one is replaced. `out`: path for messages.
-    Raises InputError if it cannot be written, or the disk is full; so do the methods.
+    Raises InputError if the cache cannot be written, for example because the disk is full; so do the methods.
     """
 
     def __init__(self, path: Path, out: Path) -> None:
@@ -133,8 +133,8 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
 
     `path`: a .zarr folder or .npz file in an existing folder. `taxonomy`: classes of the types.
 
-    Raises InputError if `path` does not end in .zarr or .npz, its folder is missing, it exists and is not a cache, it
-    cannot be written, or the disk is full.
+    Raises InputError if `path` does not end in .zarr or .npz, its folder is missing, it exists but cannot be opened as
+    a cache of this version, it cannot be written, or the disk is full.
     """
     if not is_cache(path):
         raise InputError(f"--out {path}: must end in .zarr or .npz; change the ending")
@@ -173,8 +173,10 @@ def _failures(path: Path) -> Iterator[None]:
 class Cache:
     """Cache, opened for reading; see `open_cache`.
 
-    `path`: path for messages. `taxonomy`: classes of the types. `entries`: header entries of the images, in order.
-    Raises InputError if the header is of another format or version.
+    The attribute `taxonomy` has the classes of the types, and `entries` the header entries of the images, in order.
+
+    `path`: path for messages. `store`: storage of the cache, opened for reading. Raises InputError if the header is of
+    another format or version.
     """
 
     def __init__(self, path: Path, store: Store) -> None:

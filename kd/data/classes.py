@@ -62,7 +62,7 @@ groups of CPM-15 are guessed, and those of NuInsSeg are organs. They only keep s
 
 
 def fully_annotated(samples: Iterable[Sample]) -> list[Sample]:
-    """Return the samples whose source outlines every nucleus, that is, is not in PARTIAL.
+    """Return the samples from sources that outline every nucleus. These are all sources that are not in PARTIAL.
 
     Only these can be scored with PQ.
     """
@@ -92,12 +92,12 @@ def sources_by_class(taxonomy: Taxonomy, sources: Iterable[str]) -> dict[str, li
 def class_ids(codes: NDArray[np.integer], source: str, taxonomy: Taxonomy, where: str) -> NDArray[np.uint8] | None:
     """Return the class ids (y, x) uint8 of a source's class codes; None if `source` is not in CODES.
 
-    0 is the background in both. Nuclei without a class in `taxonomy` become 0, too.
+    0 is the background in both. Nuclei without a class in `taxonomy` also become 0.
 
     `codes`: class codes (y, x). `source`: name of the source. `taxonomy`: one of TAXONOMIES. `where`: file or image,
     for messages.
 
-    Raises InputError if a code is not one of the source's.
+    Raises InputError if a code does not exist in the source.
     """
     classes = CODES.get(source)
     if classes is None:

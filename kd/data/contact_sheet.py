@@ -42,7 +42,7 @@ class ContactSheet:
     def add(self, sample: Sample) -> None:
         """Add `sample` to the samples from which the pictures of the sheet are chosen at random.
 
-        All samples have the same probability of being among the PICTURES that are shown.
+        All samples have the same probability of being among the PICTURES (24) that are shown.
         """
         index = self._added
         self._added += 1
@@ -82,10 +82,12 @@ class ContactSheet:
 
 
 def sample_picture(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:
-    """Return a picture (y, x, 3) uint8 RGB of a sample's central SIDE × SIDE pixels, magnified, with a caption below.
+    """Return a picture (y, x, 3) uint8 RGB of the centre of a sample's image, with a caption below.
 
-    Nuclei are outlined in the colours of their classes, those without a class in UNTYPED. The pictures of all samples
-    have the same size; smaller images are padded with white.
+    The central SIDE × SIDE (256 × 256) pixels are magnified ZOOM (2) times. Nuclei are outlined in the colours of their
+    classes, and nuclei without a class in UNTYPED. The caption has the id, source, tissue and fold of the sample, and
+    the numbers of nuclei in the image and in the picture. The pictures of all samples have the same size; smaller
+    images are padded with white.
 
     `taxonomy`: classes of the sample.
     """

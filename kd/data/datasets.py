@@ -44,8 +44,8 @@ def read_data(path: Path, folds: Iterable[str], sources: Iterable[str] | None = 
 def contents_sha256(path: Path) -> str:
     """Return the hex SHA-256 of all images, annotations and metadata of the data at `path` (as for `read_data`).
 
-    For a cache, only the header is read, which has a hash of each image; for a folder, all files are read. A cache and
-    the folder that it was made from have different hashes.
+    For a cache, only the header is read, because it has a hash of each image. For a folder, all files are read. A cache
+    and the folder that it was made from have different hashes.
 
     Raises InputError if the data cannot be read.
     """

@@ -46,7 +46,8 @@ class Findings:
     def add(self, sample: Sample) -> None:
         """Add `sample` to the counts, and look for irregularities in it.
 
-        The class of a nucleus is that of most of its pixels, the lower class id if several are equal.
+        A nucleus has the class of most of its pixels; if several classes have the same number, the one with the lowest
+        id.
         """
         part = self.parts[sample.source, sample.fold]
         part.images += 1

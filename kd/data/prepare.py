@@ -39,8 +39,9 @@ def prepare(
     consep. `val`: number of CoNSeP's last training tiles to use as fold val. `class_map`: meanings of QuPath's classes
     (see `Qupath`), by class in lower or upper case. `watch`: shows progress.
 
-    Raises InputError if an argument is invalid, the folders have no images, a folder or an image cannot be read, or a
-    file cannot be written; `out` is then unchanged, unless only the contact sheet could not be written.
+    Raises InputError if `classes` is unknown, `val` or `class_map` applies to none of the folders, the folders have no
+    images, a folder or an image cannot be read, or a file cannot be written. `out` is then unchanged, unless only the
+    contact sheet could not be written.
     """
     lowered = {name.lower(): value.lower() for name, value in class_map.items()}
     layouts = [recognise(folder, val, lowered) for folder in folders]

@@ -36,9 +36,9 @@ class Raster:
 def rasterise(outlines: NDArray[np.object_], shape: tuple[int, int]) -> Raster:
     """Draw outlines as instances of an image.
 
-    Where nuclei overlap, pixels belong to the smaller one, so that a nucleus inside another remains. If their areas are
-    equal, pixels belong to the first one. Parts outside the image are cut off. Outlines of fewer than SMALLEST pixels
-    are left out.
+    Where nuclei overlap, pixels belong to the smaller one. A nucleus inside another one therefore remains. If their
+    areas are equal, pixels belong to the first one. Parts outside the image are cut off. Outlines that had fewer than
+    SMALLEST (10) pixels before they were cut are left out.
 
     `outlines` (n,): polygons or multipolygons, in pixels of the image, where pixel (i, j) covers [i, i+1) × [j, j+1).
     They are rounded to sixteenths of a pixel. `shape`: (y, x) of the image.

@@ -43,7 +43,7 @@ class Sample:
 
     @cached_property
     def image_sha256(self) -> str:
-        """Hex SHA-256 of shape and pixels, which identifies an image independently of its name and file format."""
+        """Hex SHA-256 of shape and pixels. It identifies an image independently of its name and file format."""
         digest = hashlib.sha256(f"{self.image.shape}".encode())
         digest.update(np.ascontiguousarray(self.image).tobytes())
         return digest.hexdigest()
@@ -73,7 +73,7 @@ def truth_sha256(samples: Iterable[Sample]) -> str:
 
 
 def hashes_of(samples: Iterable[Sample]) -> list[str]:
-    """Return the first SHA_DIGITS digits of the `image_sha256` of each of `samples`, as a model card records them.
+    """Return the first SHA_DIGITS (16) digits of each sample's `image_sha256`, for a model card.
 
     They are sorted and without duplicates.
     """

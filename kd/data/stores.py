@@ -62,7 +62,7 @@ class ZarrStore:
 
     @classmethod
     def create(cls, path: Path) -> ZarrStore:
-        """Create an empty group at `path` for writing; it replaces any other.
+        """Create an empty group at `path` for writing. An existing file or folder is replaced.
 
         Raises OSError if it cannot be written.
         """
@@ -150,7 +150,7 @@ class NpzStore:
 
     @classmethod
     def create(cls, path: Path) -> NpzStore:
-        """Create an empty file at `path` for writing; it replaces any other. `finish` closes it.
+        """Create an empty file at `path` for writing. An existing file is replaced. `finish` closes the new one.
 
         Raises OSError if it cannot be written.
         """

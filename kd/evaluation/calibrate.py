@@ -95,6 +95,9 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Return `cut`, `medians` and `trials` as JSON values by name, for the card. NaN becomes None.
 
+        `medians` has the keys h_min, h_max, v_min and v_max. `trials` is a list of dictionaries with the fields of
+        `Trial`.
+
         The card stores the constants separately.
         """
         return {"cut": self.cut, "medians": self.medians.to_json(), "trials": [plain(asdict(t)) for t in self.trials]}
@@ -103,7 +106,7 @@ class Calibration:
 def predict_all(maps_of: MapsOf, samples: Iterable[Sample]) -> Predicted:
     """Run the model on the image of each sample. Return pairs of sample and planes, in order.
 
-    The planes are the maps np, h and v, (3, y, x) uint8, quantised as in `MapLayout`.
+    The planes are the maps np, h and v, (3, y, x) uint8, in the quantisation that `MapLayout` describes.
 
     `maps_of`: function from an image (y, x, 3) uint8 RGB to its stored maps (plane, y, x) uint8 (see `MapLayout`).
     `samples`: annotated images.
@@ -174,9 +177,9 @@ def medians(windows: Sequence[SobelConstants]) -> SobelConstants:
 
 
 def trial(predicted: Predicted, cut: float | None, constants: SobelConstants | None) -> Trial:
-    """Return the scores of the predictions with given Sobel constants, after the post-processing of slides.
+    """Return the scores of predictions that are post-processed with given Sobel constants, in the same way as slides.
 
-    `predicted`: result of `predict_all`. `cut`: cut of the constants, which is only recorded. `constants`: Sobel
+    `predicted`: result of `predict_all`. `cut`: cut of the constants; it is only recorded. `constants`: Sobel
     constants. With None for both, the Sobel maps are scaled by the extremes of each image.
     """
     scores = _scores(predicted, lambda planes: instances_of(planes, constants))
@@ -189,7 +192,8 @@ def try_others(predicted: Predicted, cut: float) -> dict[str, Trial]:
     The entry "as they are" has HoVerNet's own parameters, for comparison. All entries use the slow `instances_by`. The
     medians are computed for each Sobel kernel, because their values depend on its size.
 
-    `predicted`: result of `predict_all`. `cut`: multiple of the median minimum, as for `search`.
+    `predicted`: result of `predict_all`. `cut`: Sobel value of markers as a multiple of the median minimum (see
+    `search`).
     """
     trials = {}
     standard = Parameters()

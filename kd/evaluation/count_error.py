@@ -80,12 +80,12 @@ class CountedImage:
 def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
     """Return the error of the counts in `images`, for the intervals of counts on slides.
 
-    None if the images with nuclei are from fewer than MIN_SOURCES sources.
+    None if the images with nuclei are from fewer than MIN_SOURCES (3) sources.
 
-    If no slide has several images, the variances of fields and slides cannot be separated. All of it then counts as
-    variance of slides, which does not decrease with the area.
+    If no slide has several images, the variances of fields and slides cannot be separated. Their sum is then assigned
+    to the slides, so it does not decrease with the area.
 
-    `images`: images in which all nuclei are annotated; those with neither annotated nor predicted nuclei are not used.
+    `images`: images in which all nuclei are annotated. Images with neither annotated nor predicted nuclei are not used.
     """
     images = [image for image in images if image.true or image.predicted]
     sources = list(dict.fromkeys(image.source for image in images))

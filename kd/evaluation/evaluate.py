@@ -58,7 +58,8 @@ def evaluate(
     below which predicted nuclei are dropped. `shift`: change that is applied to the image and annotations of each
     sample before prediction; scores are computed at the pixel size after it.
 
-    Raises InputError if an image has too many nuclei to pair (MOST_DISTANCES).
+    Raises InputError if the product of the numbers of annotated and predicted nuclei in an image is above
+    MOST_DISTANCES.
     """
     by_source: dict[str, list[ImageScores]] = {}
     layout = MapLayout(len(taxonomy.classes))
@@ -87,8 +88,8 @@ def evaluate_data(
     classes of the model. `min_area_px`: number of pixels below which predicted nuclei are dropped. `shift`: change that
     is applied to each sample before prediction.
 
-    Raises InputError if the common classes of a source are unknown, before anything is predicted, or if an image has
-    too many nuclei to pair.
+    Raises InputError if the common classes of a source are unknown (this is checked before the model runs), or if an
+    image has too many nuclei to pair (see `evaluate`).
     """
     remaps = remaps_of(data, model)
     scores = []

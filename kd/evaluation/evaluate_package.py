@@ -86,7 +86,16 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return the results without the picture as JSON values by name, for `kd tables` and for later comparisons.
 
-        The keys `shifts` and `against` are left out if they were not requested.
+        `model` is the package's name, `architecture` includes the encoder, and `label`, `sha256`, `data`, `folds`,
+        `sobel_norm`, `min_area_px` and `precision` describe the run. The results are:
+
+        - `sources`: by source, `SourceScores.to_json`;
+        - `by_image`: by source, `SourceScores.images_to_json`;
+        - `leakage`: a list of `Leak.to_json`;
+        - `cost`: `Cost.to_json`, with the times of `timing.timed` if they were measured;
+        - `shifts`, only if requested: a list of `ShiftScores.to_json`;
+        - `against`, only with a baseline: its `label`, `sha256`, `sobel_norm` and `min_area_px`, and `sources`, which
+          is `Paired.to_json` by source.
         """
         card = self.package.card
         report = {
@@ -144,20 +153,21 @@ def evaluate_package(
 ) -> Evaluation:
     """Return the evaluation of a model package on annotated images.
 
-    On the CPU, torch's number of threads in this process is set.
+    In this process, torch's number of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU.
 
-    `model`: name or path of the package, as for `find_package`. `data`, `folds`, `sources`: as for `read_data`. `post`:
-    only `sobel_norm` and `min_area_px` are used; None for the defaults. `label`: name of the row in tables; None for
-    the package's name. `shift`: also score the images after each of SHIFTS. `against`: another package, or the .json
-    file of an earlier evaluation, to compare with; None for no comparison.
+    `model`: name or path of the package (see `find_package`). `data`, `folds`, `sources`: annotated images (see
+    `read_data`). `post`: only `sobel_norm` and `min_area_px` are used; None for the defaults. `label`: name of the row
+    in tables; None for the package's name. `shift`: also score the images after each of SHIFTS. `against`: another
+    package, or the .json file of an earlier evaluation, to compare with; None for no comparison.
 
-    `picture`: draw the predictions next to the annotations. `beside`: another package whose predictions are drawn, too;
-    None for none. `time_network`: measure the time of patches and of a tile. `threads`: threads of each network on the
-    CPU; 0 for all cores. `notify`: called with lines about the progress.
+    `picture`: draw the predictions next to the annotations. `beside`: another package whose predictions are also drawn
+    in the picture; None for none. `time_network`: measure the time of patches and of a tile. `threads`: threads of each
+    network on the CPU; 0 for all cores. `notify`: called with lines about the progress.
 
-    Raises InputError if an argument is invalid, the data cannot be read or has no images in these folds, it is not
-    known which classes the data and a model have in common, or an image has too many nuclei to pair; PackageError if a
-    package cannot be read, its network cannot be compiled, or its record of the training is malformed.
+    Raises InputError if a package is for another pixel size, the file `against` cannot be read or its scores are of
+    other images, the data cannot be read or has no images in these folds, it is not known which classes the data and a
+    model have in common, or an image has too many nuclei to pair. Raises PackageError if a package cannot be read, its
+    network cannot be compiled, or its record of the training is malformed.
     """
     post = post or PostSettings()
     package = _package(model, "package")
@@ -212,11 +222,11 @@ def evaluate_package(
 def score_test_fold(predictor: Predictor, splitter: Splitter | None, data: Path) -> dict[str, Any]:
     """Score a loaded network on the fold test of `data`. Return JSON values by name.
 
-    `sources` has the scores by source, as in `SourceScores.to_json`. `leakage` is a list of {"text": sentence} about
+    `sources` has the result of `SourceScores.to_json` for each source. `leakage` is a list of {"text": sentence} about
     images that the model has seen in training or calibration.
 
     `predictor`: predictor of the network. `splitter`: post-processing of its maps; None for HoVerNet's with Sobel maps
-    scaled by the extremes of each image. `data`: annotated images, as for `read_data`.
+    scaled by the extremes of each image. `data`: annotated images (see `read_data`).
 
     Raises InputError if the data cannot be read, the fold has no images, the model is for another pixel size, it is not
     known which classes the data and the model have in common, or an image has too many nuclei to pair; PackageError if

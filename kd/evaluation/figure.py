@@ -47,9 +47,10 @@ class Shown:
 def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uint8]:
     """Return a picture (y, x, 3) uint8 RGB with one row per image, at most `n`, and a colour key below.
 
-    `fullest` selects images with many nuclei. Of each, the central SIDE × SIDE pixels are shown, magnified SCALE times;
-    smaller images are padded with white. Columns are the image, the annotations, and the predictions of each model in
-    the classes that it has in common with the data. The annotations are drawn in the common classes of the last model.
+    `fullest` selects images with many nuclei. Of each, the central SIDE × SIDE (256 × 256) pixels are shown, magnified
+    SCALE (2) times; smaller images are padded with white. Columns are the image, the annotations, and the predictions
+    of each model in the classes that it has in common with the data. The annotations are drawn in the common classes of
+    the last model.
 
     `data`: annotated images, at least one. `models`: models to show, at least one. `n`: largest number of rows.
 
@@ -74,8 +75,8 @@ def figure(data: Data, models: Sequence[Shown], n: int = ROWS) -> NDArray[np.uin
 def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
     """Return up to `n` samples with many nuclei, taken from all sources in turn.
 
-    In the first round, each source gives the sample with the most nuclei in its central SIDE × SIDE pixels, in the
-    second round the next one, and so on. Within a round, samples with more nuclei come first.
+    In the first round, each source gives the sample with the most nuclei in its central SIDE × SIDE (256 × 256) pixels,
+    in the second round the next one, and so on. Within a round, samples with more nuclei come first.
     """
     ranked: list[tuple[int, int, int]] = []
     for source in {s.source for s in samples}:

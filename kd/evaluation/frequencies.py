@@ -44,7 +44,8 @@ class Reliability:
     nuclei: int
     """Number of nuclei."""
     ece: float
-    """Expected calibration error: mean difference of probability and frequency over the bins; NaN without nuclei."""
+    """Expected calibration error: mean absolute difference between `predicted` and `observed` over the bins, weighted
+    by their numbers of nuclei; NaN without nuclei."""
     predicted: tuple[float, ...]
     """Mean probability in each bin."""
     observed: tuple[float, ...]
@@ -81,7 +82,7 @@ def fit_scaling(sources: Sequence[Outcomes]) -> BetaScaling | None:
 
     Each source has the same weight, so that one with many nuclei does not dominate the others.
 
-    None if there are fewer than MIN_NUCLEI nuclei in all, or fewer than MIN_EACH with one of the outcomes.
+    None if there are fewer than MIN_NUCLEI (200) nuclei in all, or fewer than MIN_EACH (20) with one of the outcomes.
     """
     sources = [source for source in sources if len(source.outcome)]
     outcome = np.concatenate([source.outcome for source in sources] or [np.zeros(0, bool)])

@@ -50,7 +50,7 @@ class Leak:
         return f"{self.source}, {len(self.samples)} of {self.of} images: {self.how}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values by name, and the sentence for readers as `text`."""
+        """Return the fields as JSON values by name, and under `text` the sentence for readers."""
         return {**asdict(self), "samples": list(self.samples), "text": str(self)}
 
 

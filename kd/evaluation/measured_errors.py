@@ -92,17 +92,19 @@ def paired_images(
 def fit_scalings(images: Sequence[PairedImage]) -> dict[str, BetaScaling]:
     """Return the calibrations of the columns in CALIBRATED, by column, fitted on `images`.
 
-    A column has no entry if too few of its nuclei are known to be right or wrong (see `fit_scaling`).
+    A column has no entry if `fit_scaling` returns None for it: it has fewer than MIN_NUCLEI (200) nuclei whose value is
+    known to be right or wrong, or fewer than MIN_EACH (20) of either kind.
     """
     scalings = {name: fit_scaling(_outcomes(images, name)) for name in CALIBRATED}
     return {name: scaling for name, scaling in scalings.items() if scaling}
 
 
 def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
-    """Return the errors for the card, fitted on `images`.
+    """Return the calibrations and the count error for the card, fitted on `images`.
 
-    An error that needs more images is left out. A calibration needs MIN_IMAGES images with nuclei, because nuclei of
-    one image are similar. Intervals of counts need MIN_SOURCES sources.
+    A column's calibration is left out if `fit_scalings` does not return it. It is also left out if fewer than
+    MIN_IMAGES (20) images have nuclei whose value is known to be right or wrong, because nuclei of one image are
+    similar. The count error is None if the images with nuclei are from fewer than MIN_SOURCES (3) sources.
     """
     used = {name: sum(o.images for o in _outcomes(images, name)) for name in CALIBRATED}
     return Uncertainty(
@@ -112,10 +114,10 @@ def fit_uncertainty(images: Sequence[PairedImage]) -> Uncertainty:
 
 
 def evidence(images: Sequence[PairedImage]) -> dict[str, Any]:
-    """Test how well the errors hold on a new source. Return JSON values by source, for the card's metrics.
+    """Test the calibrations and the count error on new sources. Return JSON values by source, for the card's metrics.
 
-    For each source of `images`, the errors are fitted on all other sources and tested on this one. `tried_on` describes
-    the entry of a source.
+    For each source of `images`, they are fitted on all other sources and tested on this one. See `tried_on` for the
+    entry of a source.
     """
     by_source: dict[str, Any] = {}
     for source in dict.fromkeys(image.count.source for image in images):
@@ -154,7 +156,7 @@ def tried_on(images: Sequence[PairedImage], fitted_on: Sequence[PairedImage]) ->
 
 
 def notes(fitted: Uncertainty, by_source: Mapping[str, Any]) -> list[str]:
-    """Return lines for users: which errors were not measured, and how well the errors hold on each source.
+    """Return lines for users: what could not be fitted, and how well the rest holds on each source.
 
     `fitted`: result of `fit_uncertainty`. `by_source`: result of `evidence`.
     """

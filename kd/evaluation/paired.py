@@ -67,8 +67,8 @@ class Baseline:
     def check(self, samples: Iterable[Sample]) -> None:
         """Check that the baseline was scored on the same annotated images as those in `samples`, source by source.
 
-        Images are compared by id, hash and number of nuclei. Only the sources of `samples` are checked, without those
-        in PARTIAL, which have no PQ.
+        Images are compared by id, hash and number of nuclei. Only sources of `samples` that are not in PARTIAL are
+        checked, because the others have no PQ.
 
         Raises InputError if the images or annotations of a source differ.
         """
@@ -120,7 +120,9 @@ class Paired:
 
 
 def compared(new: ByImage, baseline: Baseline) -> list[Paired]:
-    """Return the comparison of a model with `baseline` by source, without the sources in PARTIAL, which have no PQ.
+    """Return the comparison of a model with `baseline` for each source that is not in PARTIAL.
+
+    Sources in PARTIAL have no PQ.
 
     `new`: scores of the model's images, by source. `baseline`: scores of the same images, as `Baseline.check` ensures.
     """
@@ -153,7 +155,7 @@ def _mean(values: NDArray[np.float64]) -> float:
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
     """Return the ends (low, high) of the bootstrap interval of the mean of `differences` (n,); NaN for n < 2.
 
-    It is the percentile interval with the coverage LEVEL, from RESAMPLES samples with a fixed seed.
+    It is the percentile interval with the coverage LEVEL (0.95), from RESAMPLES (10,000) samples with a fixed seed.
     """
     n = len(differences)
     if n < 2:

@@ -61,7 +61,8 @@ class Remap:
     def sample(self, sample: Sample) -> Sample:
         """Return a copy of `sample` with types in the common classes.
 
-        It has no types if the common taxonomy is NUCLEI or `sample` has none.
+        Nuclei without a class in the data get the class `unnamed`. The result has no types if the common taxonomy is
+        NUCLEI or `sample` has none.
         """
         if sample.types is None or self.taxonomy is NUCLEI:
             return replace(sample, types=None)
@@ -87,7 +88,8 @@ def remap_of(data_taxonomy: Taxonomy, model_taxonomy: Taxonomy, source: str, typ
     - the model's classes if both taxonomies have the same classes;
     - THREE if one taxonomy is PanNuke's and the other is CoNSeP's.
 
-    With PAPER_CONSEP and THREE, CoNSeP's "other", which has no class in PanNuke, becomes miscellaneous.
+    If the source is `consep` and the data has PanNuke's classes, CoNSeP's "other" nuclei have no class in the data.
+    With PAPER_CONSEP and THREE, they become miscellaneous.
 
     `data_taxonomy`, `model_taxonomy`: classes of the data and of the model. `source`: name of the source. `typed`:
     whether the source has annotated types.

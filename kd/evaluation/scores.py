@@ -111,7 +111,10 @@ class SourceScores:
     """Scores of each image."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the scores as JSON values for cards and reports, without `by_image`; NaN becomes None."""
+        """Return all fields except `by_image` as JSON values by name, for cards and reports; NaN becomes None.
+
+        `by_tissue` has a dictionary of `images`, `bpq` and `mpq` for each tissue.
+        """
         return {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name != "by_image"}
 
     def images_to_json(self) -> list[dict[str, Any]]:
@@ -135,7 +138,7 @@ class SourceScores:
 def plain(value: Any) -> Any:
     """Return `value` as a JSON value: a tuple becomes a list, TissueScores a dictionary, and NaN None.
 
-    Entries of dictionaries are converted, too; those of tuples and lists are not.
+    The values of dictionaries are converted in the same way; the elements of tuples and lists are not converted.
     """
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
@@ -147,7 +150,7 @@ def plain(value: Any) -> Any:
 
 
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
-    """Return the scores of a source from those of its images.
+    """Return the scores of a source, computed from the scores of its images.
 
     Dice, AJI, DQ, SQ, PQ and the PQ of each class are means over images. bPQ and mPQ are means over the images of a
     tissue, then over the tissues. F_d, precision, recall, F_c and the accuracy of types count the nuclei of all images

@@ -36,7 +36,8 @@ class ShiftScores:
     def of(cls, shift: Shift, before: SourceScores, after: SourceScores) -> ShiftScores:
         """Return the scores of one source after a shift, compared with those before it.
 
-        The change of a score is NaN if the score is undefined before or after the shift.
+        The scores are pq, dice and f_d. The change of a score is NaN if the score is undefined before or after the
+        shift.
 
         `shift`: the shift. `before`, `after`: scores on the unchanged and on the changed images.
         """

@@ -23,7 +23,7 @@ def slide_limits(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
     its nuclei. They are the 1st percentile over images with nuclei, divided by 1.5, and the 99th percentile, multiplied
     by 1.5; the lowest `e_od` is 0. See `hover_batch.quality.flags.LIMITS`.
 
-    The result is empty if fewer than MIN_IMAGES images have nuclei.
+    The result is empty if fewer than MIN_IMAGES (20) images have nuclei.
 
     `samples`: images in which all nuclei are outlined.
     """

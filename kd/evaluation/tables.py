@@ -52,7 +52,7 @@ class Run:
 
     @property
     def sources(self) -> Mapping[str, Any]:
-        """Scores by source, as in `SourceScores.to_json`."""
+        """Scores by source, as `SourceScores.to_json` returns them."""
         sources: Mapping[str, Any] = self.report["sources"]
         return sources
 
@@ -96,7 +96,7 @@ class Table:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the evaluations in files that `kd evaluate --json` wrote, in the order of `paths`.
 
-    Raises InputError if a file cannot be read or is not an evaluation of this version. Also if two evaluations with the
+    Raises InputError if a file cannot be read or is not an evaluation of this version, or if two evaluations with the
     same label differ in architecture, `sobel_norm` or `min_area_px`, or are of the same model on the same images.
     """
     runs = [Run(path, _read(path)) for path in paths]
@@ -163,8 +163,8 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
     A table of the paper has rows for the evaluations with its source and classes. The table of costs has rows for all
     evaluations, and the table of a source has rows for the evaluations with this source.
 
-    `runs`: evaluations, as `read_runs` returns and checks them. `out`: folder to which the tables will be written; the
-    files of evaluations are named relative to it.
+    `runs`: result of `read_runs`, which has checked the evaluations. `out`: folder to which the tables will be written;
+    the files of evaluations are named relative to it.
     """
     made = []
     for paper in TABLES:
@@ -190,7 +190,7 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
 
 
 def write_tables(made: Sequence[Table], out: Path) -> None:
-    """Write tables to `out`/tables.md, and each to a CSV file named after it in `out`. The folder is created.
+    """Write all tables to `out`/tables.md, and each to `out`/NAME.csv. The folder is created if it is missing.
 
     The CSV files have numbers with eight significant digits, and an additional column for each standard deviation.
     Existing files are replaced.

@@ -30,11 +30,12 @@ def timed(
 ) -> dict[str, Any]:
     """Measure a model's speed. Return the times in seconds and the hardware, as JSON values by name.
 
-    - `seconds_per_patch`: the network alone, in float32; median of RUNS measurements (see
+    - `seconds_per_patch`: the network alone, in float32; median of RUNS (3) measurements (see
       `hover_batch.model.cost.seconds_per_patch`);
     - `seconds_per_tile`: inference and post-processing of an image of TILE² pixels in memory, as on slides; None if no
       image is large enough;
-    - `tile_runs`: seconds of each of RUNS runs, of which `seconds_per_tile` is the median;
+    - `tile_runs`: seconds of each of RUNS runs, of which `seconds_per_tile` is the median; empty if no image is large
+      enough;
     - `timed_on`: the device, and the precision and runtime of the tile.
 
     Use the times only to compare models on one idle machine.

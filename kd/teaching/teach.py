@@ -80,16 +80,17 @@ def teach(
 
     Intact outputs are used; all others are deleted and computed again, so an interrupted run resumes. Only one run at a
     time may write to a cache, whose folder is created if it is missing. With the backend local, the teacher runs in
-    this process, and on the CPU torch's number of threads is set.
+    this process: torch's number of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU.
 
-    `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: name or path of the package, as for
-    `find_package`. `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations and
-    flips of each image, else 1. `engine`: settings of the backend. `notify`: called with lines about the progress.
+    `data`, `folds`, `sources`: annotated images (see `read_data`). `teacher`: name or path of the package (see
+    `find_package`). `cache`: folder of the outputs. `batch`: tiles per batch. `tta`: 8 to average over the rotations
+    and flips of each image, else 1. `engine`: settings of the backend. `notify`: called with lines about the progress.
 
-    Raises InputError if `tta` is invalid, the data cannot be read or has no image of a fold, the teacher does not fit
-    it, `cache` holds other outputs, or the backend's resources are not available; PackageError if the teacher cannot be
-    loaded or its output is not finite; HoverBatchError if Ray does not start; OSError if an output cannot be written.
-    The first task that fails ends the run with its error; the outputs stored so far remain.
+    Raises InputError if `tta` is not 1 or 8, the data cannot be read or has no image of a fold, the teacher is for
+    other classes or another pixel size or is not a HoVerNet system, `cache` cannot be created or holds other outputs,
+    or the backend's resources are not available; PackageError if the teacher cannot be loaded or its output is not
+    finite; HoverBatchError if Ray does not start; OSError if an output cannot be written. The first task that fails
+    ends the run with its error; the outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
@@ -178,7 +179,8 @@ def run_lesson(lesson: Lesson) -> None:
     """Compute and store the outputs of the teacher for the images of one task. Intact outputs are kept.
 
     Outputs that are not intact are deleted first (see `TeacherCache.has_intact`). Data and teacher are loaded once per
-    process, and stay in memory. On the CPU, torch's number of threads in this process is set.
+    process, and stay in memory. In this process, torch's number of threads is set for a CPU, and TF32 is switched off
+    in cuDNN for a GPU.
 
     `lesson`: the task.
 

@@ -70,7 +70,7 @@ class TeacherCache:
 
     @classmethod
     def create(cls, path: Path, teacher: Package, tta: int = 1) -> TeacherCache:
-        """Open the cache at `path` for the outputs of `teacher`, or create it with missing folders.
+        """Open the cache at `path` for the outputs of `teacher`. If there is none, create it, and missing folders.
 
         `teacher`: package of the teacher. `tta`: number of views that are averaged, 8 or 1.
 
@@ -99,7 +99,7 @@ class TeacherCache:
     def logits(self, sample: Sample) -> NDArray[np.float16]:
         """Return the stored output for the whole image of `sample`, (channel, y, x) float16.
 
-        The channels are as in `hover_batch.model.heads`. Raises InputError if the output is missing, cannot be read, is
+        `hover_batch.model.heads` describes the channels. Raises InputError if the output is missing, cannot be read, is
         corrupted, or is of another teacher.
         """
         path = self._array(sample)

@@ -65,7 +65,7 @@ def random_view(
 ) -> View:
     """Return a random crop of `size` × `size` pixels with random geometry and appearance.
 
-    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers, which is
+    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers; it is
     advanced. `kind`: augmentation, which is "full", "turns", "color" or "none" (see the module's table). `planes`: the
     teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`; None without a
     teacher.
@@ -87,11 +87,12 @@ def random_geometry(
 ) -> View:
     """Return a random crop of `size` × `size` pixels with the geometry of `kind`; the appearance is unchanged.
 
-    It is made by one affine map. The image of the view lies inside the sample's image. If the sample's image is too
-    small for the rotated view, the angle is rounded to a right angle, and the scale is large enough for the crop to
-    fit. Labels outside the sample's image are 0.
+    It is made by one affine map. The image is interpolated linearly; labels and `planes` are taken from the nearest
+    pixel. The image of the view lies inside the sample's image. If the sample's image is too small for the rotated
+    view, the angle is rounded to a right angle and, with the kind "full", the scale is increased until the crop fits.
+    Labels outside the sample's image are 0.
 
-    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers, which is
+    `sample`: annotated image, at least `size` pixels high and wide. `rng`: generator of all random numbers; it is
     advanced. `kind`: augmentation, which is "full", "turns", "color" or "none" (see the module's table). `planes`: the
     teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`; None without a
     teacher.

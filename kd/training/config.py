@@ -293,7 +293,7 @@ class TrainConfig:
 
     @property
     def system(self) -> str:
-        """System of the model, a key of `hover_batch.model.heads.SYSTEMS`: "hover", "dist" or "micronet"."""
+        """System of the model, a key of `heads.SYSTEMS`: "hover", "dist", "micronet" or "mask-rcnn"."""
         from hover_batch.model.heads import SYSTEMS  # imports numpy, which --help does not need
 
         return self.model if self.model in SYSTEMS else "hover"
@@ -308,7 +308,7 @@ class TrainConfig:
 
     @property
     def distils(self) -> bool:
-        """True if L_distill has a factor above 0, so that a teacher is needed."""
+        """True if L_distill has a factor above 0; a teacher is then needed."""
         return self.loss_shares[1] > 0
 
     def to_json(self) -> dict[str, Any]:

@@ -60,14 +60,15 @@ class Teacher(Protocol):
     def logits(self, sample: Sample) -> NDArray[np.float16]:
         """Return the stored output for the whole image of `sample`, (channel, y, x) float16.
 
-        The channels are as in `hover_batch.model.heads`. Raises InputError if the output is missing or corrupted.
+        `hover_batch.model.heads` describes the channels. Raises InputError if the output is missing or corrupted.
         """
 
 
 def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
     """Open the teacher's outputs in the folder `path`, which `kd teach` wrote.
 
-    Raises InputError if the folder holds none, or the teacher's classes are not those of `taxonomy`.
+    Raises InputError if the folder is no such cache or cannot be read, or the teacher has other classes than
+    `taxonomy`.
     """
     from kd.teaching.teacher_cache import TeacherCache  # imports zarr, which is needed only with a teacher
 
@@ -180,10 +181,11 @@ class Crops(Dataset[tuple[Tensor, ...]]):
 def targets_of(
     instances: NDArray[np.int32], types: NDArray[np.uint8] | None, source: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the targets of the branches np and tp, both (y, x) int64, as in `Targets`.
+    """Return the targets of the branches np and tp for one image, both (y, x) int64, with the values of `Targets`.
 
     Sources in PARTIAL outline only some of the nuclei, so their other pixels may be nuclei or background: np is UNKNOWN
-    everywhere, and tp is known only on typed nuclei.
+    everywhere, and tp is known only on typed nuclei. For other sources, np is known everywhere inside the image, and tp
+    on typed nuclei and on the background. Without annotated types, tp is UNKNOWN everywhere.
 
     `instances` (y, x) int32: nucleus ids, 0 = background, UNKNOWN outside the image. `types` (y, x) uint8: class ids, 0
     on nuclei without a class; None if types are not annotated. `source`: source of the image.
@@ -219,7 +221,7 @@ def validation_crops(
 ) -> Crops:
     """Return fixed crops without augmentation for the validation loss.
 
-    Their number suffices to cover the area of the images once, but is at most MAX_VALIDATION_CROPS.
+    Their number suffices to cover the area of the images once, but is at most MAX_VALIDATION_CROPS (256).
 
     `samples`: validation images, at least one. `shares`: fraction of the crops from each source (see `source_shares`).
     `config`: settings of the training. `cut`: pixels by which the network's output is smaller on each side (see

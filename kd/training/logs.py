@@ -50,7 +50,7 @@ class Log:
     def write(self, row: Mapping[str, float]) -> None:
         """Append the row of an epoch to log.csv and TensorBoard, and print it to stdout.
 
-        Rows of the same and later steps, which an interrupted run left, are removed.
+        Rows of the same and later steps are removed; an interrupted run may have left them.
 
         `row`: values by column; it must contain `step`. Raises OSError if a file cannot be written.
         """

@@ -172,7 +172,8 @@ def student_loss(
     batch is annotated, terms of tp if no pixel has a class.
 
     `output`: the network's output (b, c, y, x) with the channels of `heads`. `targets`: annotations. `weights`: class
-    weights; None for equal weights. `dice_over`: as `over` in `dice_loss`. `msge_axes`: as `axes` in `msge_loss`.
+    weights; None for equal weights. `dice_over`: argument `over` of `dice_loss`. `msge_axes`: argument `axes` of
+    `msge_loss`.
     """
     weights = weights or BranchWeights()
     np_logits, hv, tp_logits = output[:, NP], output[:, HV], output[:, heads.tp]
@@ -209,7 +210,8 @@ def distill_loss(
 
     `output`, `teacher`: outputs of both networks (b, c, y, x) with the channels of `heads`. `weights`: class weights;
     None for equal weights. `temperature`: T. `kl_scale`: k; "1/T²" as in the HoVer-UNet paper, or "T²" as in Hinton et
-    al. and in HoVer-UNet's released code. `kl_mean`: as `mean` in `kl_loss`. `msge_axes`: as `axes` in `msge_loss`.
+    al. and in HoVer-UNet's released code. `kl_mean`: argument `mean` of `kl_loss`. `msge_axes`: argument `axes` of
+    `msge_loss`.
 
     `labels`: with "hard", the target of CE is the teacher's most probable class, and MSGE counts the pixels where this
     is a nucleus. With "soft", the target of CE is the teacher's probabilities, and MSGE weights each pixel by the
@@ -243,7 +245,8 @@ def _where(known: Tensor, planes: Tensor) -> Tensor:
 class Loss:
     """Loss of a configuration: L = α·L_student + (1 - α)·L_distill (HoVer-UNet eq. 1).
 
-    It is for networks with HoVerNet's branches; those of other systems are derived from it (`kd.training.systems`).
+    It is for networks with HoVerNet's branches. The losses of other systems are derived from it
+    (`kd.training.systems`).
     In both parts, the terms of a branch are multiplied by the weight of the branch.
     """
 
@@ -257,9 +260,11 @@ class Loss:
     """Class weights for the teacher's predictions."""
 
     def of_batch(self, network: nn.Module, image: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return the terms by name, and under `loss` the loss to minimise, of a `network` on a batch.
+        """Run `network` on a batch. Return the terms of the loss by name, and under `loss` the loss to minimise.
 
-        `image`: (b, 3, y, x) float32 in [0, 1]. The network computes in `training_autocast`, the loss in float32.
+        The network computes in `training_autocast`, the loss in float32.
+
+        `image`: (b, 3, y, x) float32 in [0, 1]. `targets`: targets of the batch.
         """
         with training_autocast(image.device):
             output = network(image)

@@ -11,8 +11,8 @@ BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 def training_autocast(device: torch.device) -> torch.autocast:
     """Return a context manager in which torch computes convolutions and matrix products in bfloat16.
 
-    It has no effect on devices that do not compute bfloat16 themselves: torch emulates it there, which makes a step
-    about ten times slower than in float32.
+    It has no effect on devices that do not compute bfloat16 themselves. There, torch would emulate it, and a step would
+    take about ten times as long as in float32.
 
     `device`: device of the network.
     """

@@ -26,7 +26,7 @@ class Schedule(Protocol):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the schedule for the checkpoint, from which `load_state_dict` continues it."""
+        """Return the state of the schedule for the checkpoint. `load_state_dict` restores it."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state`, which `state_dict` of a schedule with the same settings returned."""
@@ -124,7 +124,7 @@ class Plateau:
         return not self.config.early_stop or self.waited < self.config.early_stop
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the schedule, from which `load_state_dict` continues it."""
+        """Return the state of the schedule. `load_state_dict` restores it."""
         # `min_lrs` is a setting, which comes from the configuration.
         rate = {name: value for name, value in self.rate.state_dict().items() if name != "min_lrs"}
         return {"rate": rate, "least": self.least, "waited": self.waited}

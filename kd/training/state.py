@@ -50,7 +50,7 @@ class State:
     def save(self, config: TrainConfig, record: dict[str, Any]) -> None:
         """Write the checkpoint of `config.out` atomically; an existing one is replaced.
 
-        `config`: settings of the training. `record`: record of the training, as from `record_of`.
+        `config`: settings of the training. `record`: record of the training, from `record_of`.
 
         Raises HoverBatchError if the checkpoint cannot be written; the previous checkpoint then remains.
         """
@@ -71,10 +71,10 @@ class State:
     def resume(self, config: TrainConfig, record: dict[str, Any]) -> None:
         """Load the checkpoint of `config.out` into this state, if there is one.
 
-        `config`: settings of the training. `record`: record of the training, as from `record_of`.
+        `config`: settings of the training. `record`: record of the training, from `record_of`.
 
-        Raises InputError if the checkpoint cannot be read, or was written with other settings, images or annotations,
-        or another teacher.
+        Raises InputError if the checkpoint is corrupted or was written by an older version, with other settings, images
+        or annotations, or with another teacher; OSError if it cannot be read.
         """
         path = config.out / CHECKPOINT
         if not path.exists():
@@ -145,11 +145,11 @@ def record_of(
     - `saw_groups`: patients as source/group by part, where they are known;
     - `truth_sha256`: hash of the annotations by part;
     - `data`: counts by part and source (see `contents`);
-    - `teacher`: package hash, tta, name, licence and training of the teacher, or None;
+    - `teacher`: `sha256` (of the package), `tta`, `name`, `licence` and `training` of the teacher; None without one;
     - `before`: `origin`.
 
     `taxonomy`: classes of the network. `training`, `validation`: images. `teacher`: stored outputs; None without
-    distillation. `origin`: origin of the initial weights, as from `starting_network`.
+    distillation. `origin`: origin of the initial weights, from `starting_network`.
     """
     parts = {"train": training, "val": validation}
     teacher_record = None

@@ -35,10 +35,11 @@ classes: (2, y, x) float32."""
 
 
 def distance_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Return the targets (2, y, x) float32 of DIST: distance to the nucleus's edge / DISTANCE_PX, then zeros.
+    """Return the targets (2, y, x) float32 of DIST: distance to the nucleus's edge / DISTANCE_PX (32), then zeros.
 
-    Before the division, the distance is that to the nearest pixel outside of the nucleus, in pixels, so the outermost
-    pixels of a nucleus have 1. It is 0 on the background.
+    The distance of a pixel is measured, in pixels, to the nearest pixel outside of its nucleus. Pixels beyond the edge
+    of the map count as outside. So the outermost pixels of a nucleus have the distance 1, before the division. The
+    background has 0.
 
     `instances`: (y, x) int32 ids, values up to 0 = background.
     """
@@ -55,7 +56,8 @@ def gap_targets(instances: NDArray[np.int32]) -> NDArray[np.float32]:
 
     A gap consists of the pixels of a nucleus that touch another one. They count as background. Pixels of nuclei have
     the weight 1. Background pixels have the weight 1 + w₀·exp(-(d₁ + d₂)² / 2σ²), where d₁ and d₂ are the distances in
-    pixels to the nearest two nuclei, w₀ is GAP_WEIGHT and σ is GAP_SIGMA. The weight is 1 far from nuclei.
+    pixels to the nearest two nuclei, w₀ is GAP_WEIGHT and σ is GAP_SIGMA. Nuclei whose bounding box is more than 3σ
+    away along x or y are ignored there, so the weight is 1 far from nuclei.
 
     `instances`: (y, x) int32 ids, values up to 0 = background.
     """
@@ -99,8 +101,8 @@ class DistLoss(Loss):
 
         hv_mse is left out if no pixel of the batch has annotated nuclei, tp_ce if no pixel has a class.
 
-        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with those of `distance_targets` as
-        hv.
+        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with the result of
+        `distance_targets` as hv.
         """
         terms = {}
         known = targets.np != UNKNOWN
@@ -121,7 +123,8 @@ class MicroNetLoss(Loss):
         The terms are tp_ce and, if `output` has auxiliary outputs, tp_aux. On pixels whose class is not annotated, a
         nucleus may have any class.
 
-        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with those of `gap_targets` as hv.
+        `output`: the network's output (b, c, y, x) float32. `targets`: annotations, with the result of `gap_targets` as
+        hv.
         """
         terms = {}
         if (targets.np != UNKNOWN).any() or (targets.tp != UNKNOWN).any():
@@ -152,7 +155,13 @@ class MaskRcnnLoss(Loss):
     """
 
     def of_batch(self, network: nn.Module, image: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Return torchvision's terms by name, and their sum as `loss`. Everything is computed in float32."""
+        """Run `network` on a batch. Return torchvision's five losses by name, and their sum as `loss`.
+
+        Everything is computed in float32.
+
+        `network`: a `MaskRcnn`. `image`: (b, 3, y, x) float32 in [0, 1]. `targets`: annotations, with the result of
+        `number_targets` as hv.
+        """
         assert isinstance(network, MaskRcnn)
         annotated = (targets.np != UNKNOWN).unsqueeze(1)
         terms = network.losses(image * annotated, boxes_and_masks(targets, self.heads.n_types))
@@ -160,10 +169,14 @@ class MaskRcnnLoss(Loss):
 
 
 def boxes_and_masks(targets: Targets, n_types: int) -> list[dict[str, Tensor]]:
-    """Return the nuclei of each image as `MaskRcnn.losses` needs them, those of MIN_PIXELS pixels and more.
+    """Return the nuclei of each image that have at least MIN_PIXELS (10) pixels, as targets for `MaskRcnn.losses`.
 
-    The class of a nucleus is that of most of its pixels, -1 if none is annotated. `targets`: with the numbers of
-    `number_targets`. `n_types`: number of classes, background included; with two, every nucleus has the other one.
+    An entry has `boxes` (n, 4) float32, x0, y0, x1, y1 in pixels; `labels` (n,) int64; and `masks` (n, y, x) uint8. The
+    label of a nucleus is the class of most of its pixels, or -1 if no class is annotated on them. If `n_types` is 2,
+    all labels are 1.
+
+    `targets`: annotations, with the result of `number_targets` as hv. `n_types`: number of classes, background
+    included.
     """
     found = []
     for numbers, types in zip(targets.hv[:, 0].long(), targets.tp, strict=True):

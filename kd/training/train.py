@@ -43,9 +43,9 @@ def train(config: TrainConfig) -> nn.Module:
     are written to `config.out`, and progress is printed to stdout. In this process, torch's random seed and number of
     threads are set, and OpenCV is limited to one thread.
 
-    Raises InputError or PackageError if the data, the teacher or the initial weights do not fit, or the checkpoint was
-    written with other settings or data; HoverBatchError if the loss is not finite or the checkpoint cannot be written;
-    OSError if the log or a picture cannot be written.
+    Raises InputError or PackageError if the data, the teacher's outputs or the initial weights cannot be read or do not
+    fit the settings, or the checkpoint was written with other settings or data; HoverBatchError if the loss is not
+    finite or the checkpoint cannot be written; OSError if the log or a picture cannot be written.
     """
     torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

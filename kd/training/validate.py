@@ -51,7 +51,7 @@ def validation_loss(
 ) -> float:
     """Return the mean of the entry `loss` over the batches of `crops`; lower is better.
 
-    OpenCV is limited to one thread in this process (see `batches`).
+    In this process, torch's random seed is set to 0, and OpenCV is limited to one thread.
 
     `model`: network in evaluation mode, on `device`. `crops`: crops of the validation images. `loss`: its loss.
     `batch`: crops per batch. `device`: device of the network.
@@ -76,8 +76,8 @@ def validate(
     `val_recall_<source>` instead. Sources with annotated types also have `val_f_c_<source>`, the mean F_c over the
     classes. A score is NaN if it is undefined.
 
-    The central SIDE × SIDE pixels of at most SCORED images per source are scored; smaller images are cropped to
-    multiples of 32 pixels. The network sees mirrored pixels around this part.
+    The central SIDE × SIDE (512 × 512) pixels of at most SCORED (64) images per source are scored; smaller images are
+    cropped to multiples of 32 pixels. The network sees mirrored pixels around this part.
 
     `model`: network in evaluation mode, on `device`. `samples`: validation images. `device`: device of the network.
     `taxonomy`: classes of both the network and the samples. `splitter`: post-processing of the maps.
@@ -107,8 +107,9 @@ def examples(
 ) -> Image:
     """Return a picture (y, x, 3) uint8 RGB with one row for each of up to EXAMPLES images.
 
-    Its columns are the centre of the image, its annotations, the teacher's prediction if there is a teacher, and the
-    network's prediction. The images are evenly spaced in `samples`. The network sees mirrored pixels around the centre.
+    Its columns are the central EXAMPLE_SIDE × EXAMPLE_SIDE pixels of the image, the annotations, the teacher's
+    prediction if there is a teacher, and the network's prediction. A smaller image is cropped to multiples of 32
+    pixels. The images are evenly spaced in `samples`. The network sees mirrored pixels around the centre.
 
     `model`: network in evaluation mode, on `device`. `samples`: validation images, at least one. `device`: device of
     the network. `taxonomy`: classes of the network, the samples and the teacher. `teacher`: stored outputs; None

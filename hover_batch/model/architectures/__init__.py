@@ -38,7 +38,7 @@ def architecture(name: str) -> Architecture:
 
 
 def architectures() -> list[Architecture]:
-    """Return all architectures, sorted by name. Their files and torch are imported, which takes seconds."""
+    """Return all architectures, sorted by name. Their files and torch are imported; this takes seconds."""
     found = [found for module in _modules().values() for found in _held_by(module)]
     return sorted(found, key=lambda found: found.name)
 

@@ -88,7 +88,8 @@ def read_exported(path: Path, toml: Path, sobel: Mapping[str, float]) -> tuple[n
     """Return the network in an exported file, in evaluation mode, and the card that its TOML file describes.
 
     The TOML file has the entries mpp, tile_in, tile_out, np, hv and classes, and optionally name, licence, input and tp
-    (see the module's docstring). The default of the name on the card is that of the TOML file.
+    (see the module's docstring). Without an entry `name`, the name on the card is the name of the TOML file without its
+    suffix.
 
     `path`: ONNX or .xml file; the .bin file of an .xml file must be in the same folder. `toml`: TOML file. `sobel`:
     Sobel constants for the card, by name (see `Card.sobel`).

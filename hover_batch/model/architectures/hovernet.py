@@ -115,8 +115,8 @@ class HoVerNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Return the outputs of all branches for the centre of `image`.
 
-        The result is (batch, channels, y - shrink, x - shrink) float. The channels are those of np, hv and tp in this
-        order; without a type branch, those of np are repeated as tp.
+        The result is (batch, channels, y - shrink, x - shrink) float. The channels of np, hv and tp follow each other
+        in this order. Without a type branch, the channels of np are repeated as tp.
 
         `image`: RGB in [0, 1], float (batch, 3, y, x). ValueError if y or x does not leave `arch.excess` when divided
         by 8.

@@ -156,7 +156,9 @@ class MaskRcnn(nn.Module):
 
 
 def merged(log_p: Tensor, boxes: Tensor, masks: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Merge the nuclei of an image by their order: return the output (channels, y, x) float32 of the network.
+    """Merge the nuclei of an image. Return the output (channels, y, x) float32 of the network.
+
+    Each pixel belongs to the first nucleus, in the order of the arguments, whose mask is above ½ there.
 
     `log_p` (n, classes): logarithms of the probabilities of the classes, background first. `boxes` (n, 4): x0, y0, x1,
     y1 in pixels. `masks` (n, side, side): probabilities of the nucleus in its box. `shape`: y, x of the image.
@@ -187,7 +189,7 @@ class MaskRcnnArchitecture(Architecture):
     batch = 2
 
     def build(self, card: Card, tensors: Mapping[str, Tensor] | None) -> nn.Module:
-        """Return the Mask R-CNN of the card's encoder and classes, and of the width that `tensors` has.
+        """Return a Mask R-CNN with the encoder and classes of `card`, and the width of `tensors` (64 without tensors).
 
         PackageError if `tile_in` is not a multiple of 32; KeyError if the encoder is not known, or the tensors are not
         those of a Mask R-CNN.

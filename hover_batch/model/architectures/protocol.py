@@ -59,9 +59,10 @@ class Architecture(ABC):
     def untrained(self, n_types: int, *, encoder: str, width: int) -> nn.Module:
         """Return a network with random weights, in training mode, for `kd train`.
 
-        `n_types`: number of classes, background included. `encoder`, `width`: as in `kd train`; an architecture ignores
-        the one that it does not have. NotImplementedError for architectures that `kd train` cannot train, KeyError or
-        another error of segmentation-models-pytorch if the encoder is not known or does not fit.
+        `n_types`: number of classes, background included. `encoder`, `width`: values of --encoder and --width of `kd
+        train`; an architecture ignores the one that it does not have. NotImplementedError for architectures that `kd
+        train` cannot train, KeyError or another error of segmentation-models-pytorch if the encoder is not known or
+        does not fit.
         """
         raise NotImplementedError(f"{self.name} cannot be trained")
 

@@ -28,7 +28,7 @@ class Consep:
 
     `val`: number of the last tiles of Train that are the fold val.
 
-    Raises InputError if an image has no labels, labels have no image, or `val` leaves no tile to train on.
+    Raises InputError if an image has no labels, labels have no image, or `val` is not 0 and leaves no tile to train on.
     """
 
     classes = "consep"

@@ -40,8 +40,11 @@ SCALES = {"magnification": MAGNIFICATION, "mpp": MPP}
 class InstanceFolder:
     """Images of an instance folder; `len` gives their number.
 
-    Raises InputError if dataset.csv is not a CSV in UTF-8, has no rows, lacks a column or a value, has an unknown
-    split, repeats a column or a sample_id, or states another scale than 40 (0.25 µm per pixel).
+    `folder`: folder that contains dataset.csv.
+
+    Raises InputError if dataset.csv is not a CSV in UTF-8, lists no image, lacks a required column, has no value in one
+    (types may be empty), has an unknown split, repeats a column or a sample_id, or states a magnification or pixel size
+    that is not within 5 % of 40 or 0.25 µm.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -149,7 +152,8 @@ class InstanceFolder:
         `taxonomy`: one of TAXONOMIES, to which types are mapped. `fold`: fold of the images; None for all. `sources`:
         their sources; None for all.
 
-        Raises InputError if a file of an image cannot be read or is invalid, or a type is not one of its source's.
+        Raises InputError if a file of an image cannot be read or is invalid, or a type code does not exist in its
+        source.
         """
         for row in self._rows:
             if (fold is None or row["split"] == fold) and (sources is None or row["source"] in sources):

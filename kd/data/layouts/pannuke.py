@@ -50,7 +50,8 @@ class PanNuke:
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
         """Yield the patches, fold by fold, with types mapped to `taxonomy`, one of TAXONOMIES.
 
-        Raises InputError if a patch has invalid values.
+        Raises InputError if a file can no longer be read, a patch has a value that is not a whole number in its range,
+        or its masks are not instance ids (see `check_instance_ids`).
         """
         for fold in self._folds.values():
             for i in range(len(fold)):

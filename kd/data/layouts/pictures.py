@@ -50,8 +50,9 @@ def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 
     `shape`: (y, x) of the image.
 
-    Raises InputError if the file cannot be read as labels of this shape (see `read_codes`), the values are not instance
-    ids (see `check_instance_ids`), or they look like ids truncated to 8 bits.
+    Raises InputError if the file cannot be read as labels of this shape (see `read_codes`), or the values are not
+    instance ids (see `check_instance_ids`). Labels of 8 bits that contain 255 are rejected, because larger ids may have
+    been truncated.
     """
     ids, dtype = _read_labels(path, shape)
     check_instance_ids(ids, str(path))
@@ -79,11 +80,12 @@ def check_instance_ids(instances: NDArray[np.int32], where: str) -> None:
     """Check that labels are instance ids, not a semantic mask, and that the background is 0.
 
     In a semantic mask, many nuclei have the same value, such as 1, 255 or a class code. Labels count as a semantic mask
-    if at least half of the values are on SEMANTIC_PIECES or more pieces each. Published annotations contain a few
-    nuclei in several pieces; these are accepted.
+    if at least half of the values other than 0 have SEMANTIC_PIECES (3) or more separate pieces each; only pieces of at
+    least NUCLEUS_AREA (20) pixels count. Published annotations contain a few nuclei in several pieces; these are
+    accepted.
 
-    The background has an id if no pixel is 0, or if one id covers more than half of the image and more than
-    LARGEST_AREA pixels.
+    Labels in which the background has an id are also rejected. This is assumed if no pixel is 0, or if one id covers
+    more than half of the image and more than LARGEST_AREA (128²) pixels.
 
     `instances`: labels (y, x) int32. `where`: file, for the message.
 

@@ -74,8 +74,10 @@ class Qupath:
     `class_map`: meaning of each class in QuPath, by its name in lower case. A meaning is a class of the taxonomy,
     `region`, `ignore` or `none` (see `qupath_objects.meaning`).
 
-    Raises InputError if a file cannot be read, a GeoJSON file does not belong to exactly one picture, its positions do
-    not fit the picture, or a slide has no region.
+    Raises InputError if a file cannot be read; if the pixel size of a slide is unknown; if a GeoJSON file does not
+    belong to exactly one picture, or a picture has several; if an outline lies outside of its picture or is too large
+    for a nucleus; if a picture with a side above FIELD_SIDE (2048) pixels has no region; or if a region is not an
+    upright rectangle with sides within REGION_SIDES (64 to 4096 pixels).
     """
 
     def __init__(self, folder: Path, class_map: Mapping[str, str]) -> None:
@@ -90,7 +92,7 @@ class Qupath:
 
     @staticmethod
     def recognises(folder: Path) -> bool:
-        """True if `folder`, or its subfolder train, val or test, has annotations (see `qupath_files.has_annotations`).
+        """True if `folder`, or a subfolder train, val or test, has annotations (see `qupath_files.has_annotations`).
 
         Raises InputError if a folder cannot be listed.
         """
@@ -128,12 +130,10 @@ class Qupath:
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
         """Yield the images, with types mapped to `taxonomy`, one of TAXONOMIES.
 
-        Nuclei without a class have type 0. If no nucleus in the folder has a class of `taxonomy`, types are not
-        annotated.
+        Nuclei without a class have type 0. If no nucleus in the folder has a class of `taxonomy`, `types` is None.
 
-        Raises InputError if a class is neither in `taxonomy` nor in the class map, or the class map has an unknown
-        meaning. This is checked by the call itself, before an image is read. Raises InputError during the iteration if
-        a slide cannot be read.
+        The call itself raises InputError if the meaning of a class is not known (see `qupath_objects.meaning`), or if
+        the class map contains an unknown meaning. The iteration raises InputError if a picture or slide cannot be read.
         """
         classes = _names_in(taxonomy)
         if odd := sorted(set(self._class_map.values()) - {*classes, REGION, IGNORE, NONE}):

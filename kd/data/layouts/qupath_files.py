@@ -35,7 +35,7 @@ class Annotated:
 
 
 def has_annotations(folder: Path) -> bool:
-    """True if `folder`, or its subfolder train, val or test, has annotations of QuPath.
+    """True if `folder`, or a subfolder train, val or test, has annotations of QuPath.
 
     These are .geojson and .geojson.gz files. Files with the suffixes .json, .json.gz and .zip count if a picture in the
     same folder has the same name.
@@ -53,10 +53,12 @@ def has_annotations(folder: Path) -> bool:
 def find_annotated(folder: Path) -> tuple[list[Annotated], int]:
     """Return the annotated pictures, and the number of other pictures, in `folder` and its subfolders for folds.
 
-    A GeoJSON file has the name of its picture, with or without the picture's suffix.
+    A GeoJSON file has the name of its picture, with or without the picture's suffix. It ends in .geojson or
+    .geojson.gz. Files that end in .json, .json.gz or .zip are also read as GeoJSON files if a picture has their name;
+    otherwise they are ignored.
 
-    Raises InputError if a GeoJSON file belongs to no picture or to several, a picture has several GeoJSON files, or a
-    folder cannot be listed.
+    Raises InputError if a .geojson or .geojson.gz file belongs to no picture, a GeoJSON file belongs to several
+    pictures, a picture has several GeoJSON files, or a folder cannot be listed.
     """
     found: list[Annotated] = []
     others = 0

@@ -52,7 +52,9 @@ class Objects:
 
 
 def read_objects(path: Path, class_map: Mapping[str, str]) -> Objects:
-    """Read the objects in a GeoJSON file of QuPath. A locked annotation without a class counts as a region.
+    """Read the objects in a GeoJSON file of QuPath, also those inside other objects.
+
+    A locked annotation without a class counts as a region. Of a cell, the outline of its nucleus is read.
 
     `path`: file, gzipped, zipped or plain. `class_map`: meaning of each class (see `meaning`), by its name in lower
     case.
