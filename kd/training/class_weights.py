@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hover_batch.files import read_json, write_atomically
 from hover_batch.model.heads import NP, Heads
 from kd.data.datasets import Sample
 from kd.training.crops import Teacher, targets_of
@@ -35,7 +35,8 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
 
     Both map `np` and `tp` to a list with one weight per class id. Pixels that a branch does not learn from are not
     counted. The result is cached in `folder`/class_weights.json, because reading a teacher's outputs takes a long time.
-    It is computed again if the samples, the number of classes, the teacher's package or its `tta` have changed.
+    It is computed again if the file is corrupted, or the samples, the number of classes, the teacher's package or its
+    `tta` have changed.
 
     `samples`: training images. `n_types`: number of classes, background included. `teacher`: stored outputs; None
     without distillation. `folder`: existing folder of the training.
@@ -49,16 +50,13 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
         digest.update(b"" if sample.types is None else sample.types.tobytes())
     key = digest.hexdigest()
     file = folder / FILE
-    if file.is_file():
-        cached = json.loads(file.read_text())
-        if cached["data"] == key:
-            return dict(cached["weights"])
+    cached = read_json(file) or {}
+    if cached.get("data") == key and isinstance(cached.get("weights"), dict):
+        return dict(cached["weights"])
     weights = {"annotated": _annotated(samples, n_types)}
     if teacher is not None:
         weights["taught"] = _taught(samples, n_types, teacher)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"data": key, "weights": weights}, indent=2) + "\n")
-    os.replace(temporary, file)
+    write_atomically(file, json.dumps({"data": key, "weights": weights}, indent=2) + "\n")
     return weights
 
 

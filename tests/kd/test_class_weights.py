@@ -78,7 +78,7 @@ def test_nuclei_without_a_class_count_nowhere(tmp_path):
 
 def test_a_kill_while_they_are_kept_costs_nothing(tmp_path, monkeypatch):
     samples = [sample("a", [[0, 0, 1, 2]])]
-    monkeypatch.setattr("kd.training.class_weights.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("hover_batch.files.os.replace", lambda *paths: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         class_weights(samples, 3, None, tmp_path)
     assert not (tmp_path / FILE).exists()
@@ -98,3 +98,6 @@ def test_a_teacher_is_asked_once_until_the_data_change(tmp_path):
     teacher.tta = 8  # the same network, averaged over turns and flips, gives other outputs
     class_weights(changed, 3, teacher, tmp_path)
     assert teacher.asked == 3
+    (tmp_path / FILE).write_text("{")
+    assert class_weights(changed, 3, teacher, tmp_path) == json.loads((tmp_path / FILE).read_text())["weights"]
+    assert teacher.asked == 4
