@@ -87,7 +87,7 @@ def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
 
 
 def _nuclei_shown(sample: Sample) -> int:
-    return np.count_nonzero(np.unique(sample.instances[_middle(sample)]))
+    return int(np.count_nonzero(np.unique(sample.instances[_middle(sample)])))
 
 
 def _middle(sample: Sample) -> tuple[slice, slice]:
