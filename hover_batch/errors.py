@@ -8,7 +8,7 @@
     ├── SlideError             3: one slide cannot be opened or processed; the cohort continues
     │   └── SlideQuarantined   3: workers crashed repeatedly on it; skipped until the user asks for a retry
     ├── TooManyFailures        3: more slides failed than allowed; the cohort stops
-    ├── UploadError            3: results could not be uploaded to cloud storage; they are complete on disk
+    ├── UploadError            3: cloud storage cannot be read or written; results stay complete on disk
     └── PackageError           2: a model package or checkpoint cannot be used
 
 `exit_code` has the codes of commands on many slides or runs; 130 is the code of an interrupted command.

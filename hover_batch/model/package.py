@@ -93,7 +93,7 @@ def load_network(package: Package) -> nn.Module:
     """Return the package's network with its weights, float32 on the CPU, in evaluation mode and without gradients.
 
     PackageError if the architecture is not known, or the weights cannot be read, do not match the card's hash, are not
-    finite, or do not fit the card.
+    finite, or do not fit the card. ImportError if the network is an OpenVINO model and OpenVINO is not installed.
     """
     tensors = load_tensors(package)
     if broken := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:

@@ -32,8 +32,8 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
     Grey images become RGB, and an alpha channel is dropped. Orientation tags are ignored, except in TIFFs.
 
-    Raises InputError if the file cannot be read as an image, has more than 8 bits per channel, or is a TIFF with an
-    orientation tag other than upright.
+    Raises InputError if the file cannot be read as an image, has more than 8 bits per channel, or is a TIFF with
+    several pages or an orientation tag other than upright.
     """
     # Without ANYDEPTH, OpenCV drops the low bits, so that a 12-bit image in 16 bits becomes nearly black.
     image = _read(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -71,7 +71,7 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
     `shape`: (y, x) of the image.
 
     Raises InputError if the file cannot be read, does not have one channel of whole numbers from 0 on, has another
-    shape, or is a TIFF with an orientation tag other than upright.
+    shape, or is a TIFF with several pages or an orientation tag other than upright.
     """
     return _read_labels(path, shape)[0]
 
