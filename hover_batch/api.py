@@ -342,8 +342,10 @@ def load_model(name_or_path: str | Path = "starter", **settings: Any) -> Model:
     In the whole process, torch's number of threads is set for a CPU, and TF32 is switched off in cuDNN for a GPU. With
     OpenVINO, the converted network is cached on disk.
 
-    `name_or_path`: name of a package, a .safetensors file or a folder that holds one. `settings`: settings of inference
-    (`device`, `precision`, `batch`, `runtime`, `threads`). The default of `batch` suits the model's architecture.
+    `name_or_path`: `starter`, the name of a package in the cache, a .safetensors file or a folder that holds one.
+    `settings`: settings of inference, `device`, `precision`, `batch`, `runtime` and `threads`, with the values that
+    `hover_batch.config.InferSettings` describes, such as device="cuda:1". The default of `batch` suits the model's
+    architecture.
 
     PackageError if the package cannot be found or loaded, or its network cannot be compiled; InputError if a setting is
     invalid or the device cannot be used.

@@ -165,7 +165,7 @@ class BucketFolder:
         InputError if access is denied, UploadError if a file cannot be read.
         """
         keys = {self._key(name): name for name in names}
-        with self._errors():
+        with self._errors("cannot be read"):
             self._storage.invalidate_cache()
             found = self._storage.cat(list(keys), on_error="return") if keys else {}
             for content in found.values():
@@ -215,7 +215,7 @@ class BucketFolder:
 
         InputError if access is denied or the bucket does not exist, UploadError if the files cannot be listed.
         """
-        with self._errors():
+        with self._errors("cannot be listed"):
             self._storage.invalidate_cache()
             return sorted(str(PurePosixPath(key).relative_to(self._root)) for key in self._storage.find(self._root))
 

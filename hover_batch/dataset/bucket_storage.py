@@ -84,7 +84,9 @@ class BucketStorage:
         """Names of the files of the data set that exist."""
 
     def sweep(self) -> None:
-        """List the files, and remove files of nuclei that are older than KEPT_FOR and not named in slides.parquet.
+        """Read from the bucket which files of the data set exist, for `holds`, and remove old files that none needs.
+
+        Those are files of nuclei that are older than KEPT_FOR and not named in slides.parquet. Call it before `holds`.
 
         InputError if access is denied, UploadError if the bucket cannot be read or changed.
         """

@@ -175,10 +175,10 @@ class HoverNetForm(Architecture):
         Without tensors, it has the published width, and a type branch if the card has several classes of nuclei.
 
         `card`: card with the classes and tile sizes. `tensors`: state dict that will be loaded; None for the published
-        form.
+        width.
 
-        PackageError if tensors are missing, they are of the other form or have another number of classes than the card,
-        or the tile sizes on the card are not valid for this form.
+        PackageError if the state dict lacks a tensor of a HoVerNet, belongs to the other form (fast or original), or
+        has another number of classes than the card, or if the tile sizes on the card are not valid for this form.
         """
         n_types = len(card.taxonomy.classes)
         try:
