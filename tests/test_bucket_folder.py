@@ -75,7 +75,9 @@ def test_any_call_may_fail(server: str, files: dict[str, Path], unreliable: Unre
             if times == 1:
                 upload_tree(files, folder, "done.json")
             else:
-                with pytest.raises(UploadError, match=rf"{url}: cannot be (?:read|written): .*lost \({ATTEMPTS} att") as error:
+                with pytest.raises(
+                    UploadError, match=rf"{url}: cannot be (?:read|written): .*lost \({ATTEMPTS} att"
+                ) as error:
                     upload_tree(files, folder, "done.json")
                 assert bucket.SECRET not in str(error.value)
                 unreliable.failing = ()
