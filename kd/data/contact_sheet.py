@@ -5,12 +5,14 @@ It reveals a wrong axis order, a shifted mask or swapped classes, which counts d
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, PngImagePlugin
 
 from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
@@ -23,6 +25,8 @@ SIDE = 256
 """Side in pixels of the central part of an image that is shown."""
 ZOOM = 2
 """Magnification of the pictures before contours are drawn, so that these hide less of the nuclei."""
+MARK = "hover-batch contact sheet"
+"""Text in the header of the PNG. A sheet may replace only files that contain it, not a user's picture."""
 _FONT, _SIZE, _LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.5, 22
 
 
@@ -64,10 +68,12 @@ class ContactSheet:
         pictures += [blank] * (-len(pictures) % columns)
         rows = [np.concatenate(pictures[i : i + columns], axis=1) for i in range(0, len(pictures), columns)]
         sheet = np.concatenate([*rows, self._legend(rows[0].shape[1])])
-        written, encoded = cv2.imencode(".png", sheet[..., ::-1])
-        assert written
+        header = PngImagePlugin.PngInfo()
+        header.add_text("Software", MARK)
+        encoded = io.BytesIO()
+        Image.fromarray(sheet).save(encoded, "png", pnginfo=header)
         try:
-            path.write_bytes(encoded.tobytes())
+            path.write_bytes(encoded.getvalue())
         except OSError as error:
             raise InputError(f"--sheet {path}: cannot be written ({error.strerror}); give another file") from error
 
@@ -79,6 +85,12 @@ class ContactSheet:
             cv2.putText(strip, text, (x + 18, 20), _FONT, _SIZE, (0, 0, 0), 1, cv2.LINE_AA)
             x += 18 + cv2.getTextSize(text, _FONT, _SIZE, 1)[0][0] + 20
         return strip
+
+
+def is_contact_sheet(path: Path) -> bool:
+    """True if the file `path` is a contact sheet. Raises OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(256)
 
 
 def sample_picture(sample: Sample, taxonomy: Taxonomy) -> NDArray[np.uint8]:

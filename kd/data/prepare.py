@@ -10,7 +10,7 @@ from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.cache import writing
 from kd.data.classes import TAXONOMIES
-from kd.data.contact_sheet import ContactSheet
+from kd.data.contact_sheet import ContactSheet, is_contact_sheet
 from kd.data.findings import Findings
 from kd.data.layouts import Layout, recognise
 from kd.data.layouts.consep import Consep
@@ -40,8 +40,9 @@ def prepare(
     (see `Qupath`), by class in lower or upper case. `watch`: shows progress.
 
     Raises InputError if `classes` is unknown, `val` or `class_map` applies to none of the folders, the folders have no
-    images, a folder or an image cannot be read, or a file cannot be written. `out` is then unchanged, unless only the
-    contact sheet could not be written.
+    images, a folder or an image cannot be read, a file cannot be written, or `sheet` exists and is not a contact sheet.
+    `out` is then unchanged, unless only the contact sheet could not be written. Raises OSError if `sheet` cannot be
+    read.
     """
     lowered = {name.lower(): value.lower() for name, value in class_map.items()}
     layouts = [recognise(folder, val, lowered) for folder in folders]
@@ -53,6 +54,12 @@ def prepare(
         )
     if not sheet.parent.is_dir():
         raise InputError(f"--sheet {sheet}: the folder {sheet.parent} does not exist; create it first")
+    if sheet.exists() and not (sheet.is_file() and is_contact_sheet(sheet)):
+        raise InputError(
+            f"--sheet {sheet}: exists and is not a contact sheet of `kd prepare`; give another file, or remove it"
+        )
+    if sheet.resolve() == out.resolve():
+        raise InputError(f"--sheet {sheet}: is also --out; give another file")
     taxonomy = _taxonomy(classes, layouts)
     findings, pictures = Findings(taxonomy), ContactSheet(taxonomy)
     # The calls check all classes before the first image is read.

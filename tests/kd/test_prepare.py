@@ -118,6 +118,20 @@ def test_what_is_wrong_is_said_and_nothing_left(folders, tmp_path, arguments, me
     assert list(tmp_path.iterdir()) == [empty]
 
 
+def test_a_picture_of_the_user_is_not_replaced_by_the_contact_sheet(tmp_path):
+    """The sheet lies next to the cache, and so may have the name of the picture that was annotated."""
+    folder = write_folder(tmp_path / "case", {"case": tiles(1, 64)[0]})
+    picture = folder / "case_image.png"
+    before = picture.read_bytes()
+    for options in ((), ("--sheet", folder / "case_image.npz"), ("--sheet", folder)):
+        result = run(folder, "-o", folder / "case_image.npz", *options)
+        with pytest.raises(InputError, match="--sheet .*(is not a contact sheet|is also --out)"):
+            raise result.exception
+    assert picture.read_bytes() == before and not (folder / "case_image.npz").exists()
+    for _ in range(2):
+        assert run(folder, "-o", folder / "case_image.npz", "--sheet", folder / "sheet.png").exit_code == 0
+
+
 def test_names_are_printed_as_they_are(tmp_path):
     """As markup of rich, the first would be an error, the second bold and the third a cross."""
     for source in ("[/x]", "[b]x", "a:x:"):
