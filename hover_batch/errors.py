@@ -17,9 +17,17 @@
 from __future__ import annotations
 
 import errno
+import re
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk and an exhausted quota, which are not faults of a slide."""
+
+STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EFBIG, errno.ETIMEDOUT, errno.EREMOTEIO)
+"""Error numbers of a disk or network file system that failed or refuses to write; `write` does not name the file."""
+KILLED = re.compile("killed by signal|exited unexpectedly")
+"""What torch says of a process that prepares batches and has died."""
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|MemoryError", re.IGNORECASE)
+"""What torch says if memory of the machine or the GPU has run out; not all of these errors have their own class."""
 
 
 def file_fault(error: OSError) -> str:
@@ -33,6 +41,30 @@ def file_fault(error: OSError) -> str:
     elif error.errno in (errno.ENOTDIR, errno.EEXIST):
         remedy = "a folder belongs there: move or remove the file"
     return f"{error.filename}: {error.strerror}; {remedy}"
+
+
+def machine_fault(error: OSError | MemoryError | RuntimeError) -> str | None:
+    """Return one line that says what this machine lacks, and what to do; None if the error is of another kind.
+
+    It is memory of the machine or the GPU, a disk that is full, or storage that failed. `error`: error of the system,
+    NumPy or torch, also one from a process that prepares batches.
+    """
+    text = str(error)
+    if isinstance(error, OSError):
+        if error.errno in DISK_FULL:
+            return "no space left on disk; free some space and run the same command again"
+        if error.errno in STORAGE_FAILED:
+            where = "" if error.filename is None else f"{error.filename}: "
+            return f"{where}{error.strerror}; check the disk or network file system, and run the same command again"
+        return None
+    if "DataLoader worker" in text and KILLED.search(text):
+        return (
+            "a process that prepares batches was killed, usually because memory or shared memory ran out; free some, "
+            "or give a smaller --batch, and a container --shm-size=2g; then run the same command again"
+        )
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
+        return f"not enough memory ({text.splitlines()[0] if text else 'no details'}); give smaller batches or images"
+    return None
 
 
 def exit_code(done: int, failed: int) -> int:
