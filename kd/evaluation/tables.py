@@ -192,6 +192,8 @@ def tables(runs: Sequence[Run], out: Path) -> list[Table]:
 def write_tables(made: Sequence[Table], out: Path) -> None:
     """Write all tables to `out`/tables.md, and each to `out`/NAME.csv. The folder is created if it is missing.
 
+    In file names, / and % of a source are written as %2F and %25.
+
     The CSV files have numbers with eight significant digits, and an additional column for each standard deviation.
     Existing files are replaced.
 
@@ -200,7 +202,8 @@ def write_tables(made: Sequence[Table], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text("\n".join(line for table in made for line in _markdown(table)), "utf-8")
     for table in made:
-        with (out / f"{table.name}.csv").open("w", newline="", encoding="utf-8") as file:
+        name = table.name.replace("%", "%25").replace("/", "%2F")  # different sources have different files
+        with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(_plain(table))
 
 
@@ -277,21 +280,27 @@ def _other_tests(runs: Sequence[Run], tests: Sequence[str]) -> Iterator[str]:
 
 
 def _markdown(table: Table) -> Iterator[str]:
-    titles = [column.title for column in table.columns]
-    yield f"## {table.title}\n"
+    titles = [_plain_text(column.title) for column in table.columns]
+    yield f"## {_plain_text(table.title)}\n"
     yield f"| | {' | '.join(titles)} | {RUN} |"
     yield f"|---|{'---|' * len(titles)}---|"
     for name, cells in table.published.items():
         yield f"| {name} | {' | '.join(cell or '–' for cell in cells)} | {table.origin} |"
     for row in table.ours:
         marks = "".join(sorted({mark for mark, _ in row.leaks}))
-        yield f"| {f'{row.name} {marks}'.strip()} | {' | '.join(_cell(row, c) for c in table.columns)} | {row.run} |"
+        cells = [f"{row.name} {marks}".strip(), *(_cell(row, column) for column in table.columns), row.run]
+        yield f"| {' | '.join(map(_plain_text, cells))} |"
     if not table.ours:
         yield "\nNo evaluation was given for this table.\n"
     yield ""
     for row in table.ours:
-        yield from (f"{mark} {row.name}: {reason}\n" for mark, reason in row.leaks)
+        yield from (f"{mark} {_plain_text(row.name)}: {reason}\n" for mark, reason in row.leaks)
     yield from (f"{note}\n" for note in table.notes)
+
+
+def _plain_text(text: str) -> str:
+    """Return a label or file name as one line of Markdown, in which | does not start a new cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _cell(row: Row, column: Column) -> str:

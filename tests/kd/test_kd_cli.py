@@ -106,6 +106,7 @@ def test_evaluate_one_source(folder, package, tmp_path):
         (["--beside", "starter"], "--beside: is shown in the picture"),
         (["--json", "nowhere/scores.json"], "--json nowhere/scores.json: the folder nowhere does not exist"),
         (["--json", "."], "--json .: is a folder"),
+        (["--json", "model.safetensors"], "--json model.safetensors: must be a .json file"),
         (["--panel", "panel.jpg"], "--panel panel.jpg: must be a .png file"),
         (["--min-area-px", "-1"], "--min-area-px -1"),
         (["--against", "nowhere.json"], "nowhere.json: No such file"),

@@ -138,6 +138,19 @@ def test_a_table_of_published_rows_alone_says_so(runs: list[Path], tmp_path: Pat
     assert (tmp_path / "tables.md").read_text().count("No evaluation was given for this table.") == 3
 
 
+def test_sources_and_labels_may_have_any_name(tmp_path: Path) -> None:
+    """A source is part of a file's name, and a label a cell of Markdown, whose columns must not shift."""
+    sources = {"lab/a": scores(PANNUKE, 0.4), "lab%2Fa": scores(PANNUKE, 0.6), "../b": scores(PANNUKE, 0.5)}
+    path = write(tmp_path / "abc", sources, label="T=3|\nα=0.5")
+    out = tmp_path / "tables"
+    write_tables(tables(read_runs([path]), out), out)
+    names = {"ours_lab%2Fa": "0.4", "ours_lab%252Fa": "0.6", "ours_..%2Fb": "0.5"}
+    assert {name: read(out, name)["T=3|\nα=0.5"]["pq"] for name in names} == names
+    assert {file.name for file in tmp_path.iterdir()} == {"abc", "tables"}
+    rows = [line for line in (out / "tables.md").read_text().splitlines() if "T=3" in line]
+    assert len(rows) == 4 and all(row.startswith(r"| T=3\| α=0.5 | ") for row in rows)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
