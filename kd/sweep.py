@@ -21,7 +21,7 @@ from hover_batch.config import EngineSettings, PostSettings
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
 from hover_batch.files import read_json, to_json, write_atomically
-from kd.data.datasets import contents_sha256
+from kd.data.datasets import contents_sha256, folds_of
 from kd.evaluation.evaluate_package import evaluate_package
 from kd.package import make_package, package_path
 from kd.teaching.teacher_cache import TeacherCache
@@ -181,8 +181,8 @@ def runs_of(
     the grid has no splits. `min_area_px`: smallest area in pixels of the predicted nuclei that are scored. `threads`:
     CPU cores for each run. `settings`: further settings of all runs, by the names of `TrainConfig`.
 
-    Raises InputError if a setting is invalid, the data or the teacher cannot be read, or a run's folder belongs to a
-    run with other settings, data or teacher.
+    Raises InputError if a setting is invalid, the data or the teacher cannot be read, the data has no fold to score on,
+    or a run's folder belongs to a run with other settings, data or teacher.
     """
     with_teacher = {"teacher": teacher and teacher.resolve()}
     points: dict[str, tuple[TrainConfig, str, dict[str, Any], Sequence[str]]] = {}
@@ -202,9 +202,15 @@ def runs_of(
         run_settings = shared | varied | (with_teacher if config.distils else {})
         config = TrainConfig.of(preset, out=out.resolve() / name, **run_settings)
         points[name] = config, label, varied, [split.test] if split else test_folds
+    known = folds_of(data)
+    if absent := sorted({fold for *_, folds in points.values() for fold in folds} - set(known)):
+        raise InputError(
+            f"{'--split' if grid.splits else '--test-fold'}: {data} has no images of the fold {', '.join(absent)} to "
+            f"score on; its folds are {', '.join(known)}"
+        )
     inputs = hashes_of_inputs(data, teacher if any(config.distils for config, *_ in points.values()) else None)
     runs = [
-        Run(config, label, varied, tuple(folds), min_area_px, inputs)
+        Run(config, label, varied, tuple(dict.fromkeys(folds)), min_area_px, inputs)
         for config, label, varied, folds in points.values()
     ]
     for run in runs:

@@ -7,24 +7,18 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
-import torch
-import typer
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
-from hover_batch.cli_errors import CommandGroup
 from hover_batch.config import SECTION_OF, Settings
 from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.card import Card
@@ -367,40 +361,6 @@ def test_a_full_disk_is_said_in_one_line_and_blames_no_slide(
     result = run("segment", csv, "-o", out)
     assert result.exit_code == 0, result.output
     assert table(out / "failures.csv") == []
-
-
-class Killed(Dataset[int]):
-    """Dataset whose reader dies, as if the system had run out of memory."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> int:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return index
-
-
-def storage_fails() -> None:
-    raise OSError(errno.EIO, os.strerror(errno.EIO))  # as from `write`, which does not know the path
-
-
-@pytest.mark.parametrize(
-    ("lacking", "message"),
-    [
-        (lambda: np.empty(1 << 50), "not enough memory (Unable to allocate 8.00 PiB"),
-        (lambda: torch.empty(1 << 50), "not enough memory ("),
-        (lambda: next(iter(DataLoader(Killed(), num_workers=1))), "a process that prepares batches was killed"),
-        (storage_fails, "Input/output error; check the disk or network file system"),
-    ],
-    ids=["memory", "memory of a tensor", "killed reader", "storage"],
-)
-def test_what_the_machine_lacks_is_said_in_one_line(lacking: Callable[[], object], message: str) -> None:
-    machine = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
-    machine.callback()(lambda: None)
-    machine.command("use")(lambda: lacking() and None)
-    result = CliRunner().invoke(machine, ["use"])
-    assert result.exit_code == 1 and result.stderr.startswith(f"Error: {message}"), result.output
-    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(tile: Path, tmp_path: Path) -> None:

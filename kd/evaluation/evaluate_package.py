@@ -205,7 +205,7 @@ def evaluate_package(
         label=label or package.card.name,
         package=package,
         data=data.resolve().name,
-        folds=tuple(folds),
+        folds=tuple(dict.fromkeys(folds)),
         post=post,
         precision=loaded.predictor.precision,
         scores=scores,

@@ -118,7 +118,13 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
                     f"and both have the label {run.label}; evaluate one of them with another --label"
                 )
         for source in run.sources:
-            scored = (run.label, source, run.report["sha256"], str(run.report["folds"]), run.report["data"])
+            scored = (
+                run.label,
+                source,
+                run.report["sha256"],
+                str(sorted(set(map(str, run.report["folds"])))),
+                run.report["data"],
+            )
             if duplicate := run_of.get(scored):
                 raise InputError(
                     f"{run.path} and {duplicate.path}: the same model on the same images of {source}; give only one of "

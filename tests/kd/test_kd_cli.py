@@ -140,7 +140,7 @@ def test_evaluate_by_the_classes_in_common_with_a_picture_and_the_time(folder, p
     out, picture = tmp_path / "scores.json", tmp_path / "panel.png"
     other = write_package(tmp_path / "other.safetensors", PANNUKE)
     flags = ("--json", out, "--panel", picture, "--beside", package, "--time", "--label", "mine", "--threads", 1)
-    result = run("evaluate", other, "--data", folder, "--fold", "test", "--fold", "val", *flags)
+    result = run("evaluate", other, "--data", folder, "--fold", "test", "--fold", "val", "--fold", "test", *flags)
     assert result.exit_code == 0, result.exception
     report = json.loads(out.read_text())
     assert report["sources"]["consep"]["classes"] == ["epithelial", "inflammatory", "miscellaneous"]

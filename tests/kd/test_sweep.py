@@ -61,6 +61,7 @@ def trained(monkeypatch) -> list[TrainConfig]:
     monkeypatch.setattr(kd.sweep, "make_package", lambda checkpoint, data, out: f"{checkpoint.name} to {out.name}")
     monkeypatch.setattr(kd.sweep, "evaluate_package", Scored)
     monkeypatch.setattr(kd.sweep, "hashes_of_inputs", lambda data, teacher: {"data_sha256": "0123"})
+    monkeypatch.setattr(kd.sweep, "folds_of", lambda data: ["1", "2", "3", "test"])
     return configs
 
 
@@ -139,6 +140,8 @@ def test_an_interrupt_is_no_failure(tmp_path, trained):
         (["--threads", "0"], "--threads 0"),
         (["--gpus-per-run", "0"], "--gpus-per-run 0.0"),
         (["--gpus-per-run", "1.5"], "--gpus-per-run 1.5"),
+        (["--split", "1/2/9", "--split", "1/2/3"], "--split: d has no images of the fold 9 to score on"),
+        (["--test-fold", "tset"], "--test-fold: d has no images of the fold tset to score on; its folds are 1, 2"),
         (["--split", "1/2"], "--split 1/2: give TRAIN/VAL/TEST"),
         (["--split", "1/1/3"], "--val-fold 1: is also a fold to train on"),
         (["--split", "1/2/3", "--test-fold", "3"], "--split: already names the folds"),

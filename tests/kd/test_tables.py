@@ -155,6 +155,7 @@ def test_sources_and_labels_may_have_any_name(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({}, "the same model on the same images of pannuke"),
+        ({"folds": ["3", "3"]}, "the same model on the same images of pannuke"),
         ({"architecture": "unet mit_b0", "folds": ["1"]}, "its architecture is unet mit_b0, .* another --label"),
         ({"sobel_norm": "window", "folds": ["1"]}, "its sobel_norm is window"),
         ({"min_area_px": 10, "folds": ["1"]}, "its min_area_px is 10, but that of .* is 64, .* another --label"),

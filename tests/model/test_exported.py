@@ -95,6 +95,8 @@ def test_segment_runs_it(tmp_path: Path, weights: NDArray[np.float32]) -> None:
         ('values = "probabilities"', 'values = "sigmoid"', "np.values is 'sigmoid'"),
         ("tile_out = 32", "tile_out = 33", "tile_out 33"),
         ('order = "BGR"', 'order = "RBG"', "order"),
+        ("std = [0.2, 0.2, 0.1]", "std = [255, 255, 255]", "divide them by 255"),
+        ("mean = [0.5, 0.4, 0.3]", "mean = [103.9, 116.8, 123.7]", "divide them by 255"),
         ("[1, 0] }", '[1, 0], output = "hv" }', "has no output 'hv'"),
         ("tumour", "nuclei", "nuclei"),
         ("tp = { channels = [4, 2, 3] }", "", "several classes"),

@@ -5,7 +5,7 @@
     mpp = 0.25                       # µm per pixel of the images
     tile_in = 256                    # pixels of a tile, the network's input
     tile_out = 192                   # central pixels whose output is kept
-    input = { mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5], order = "RGB" }   # of RGB in [0, 1]; optional
+    input = { mean = [0.5, 0.5, 0.5], std = [0.5, 0.5, 0.5], order = "RGB" }   # in this order, for [0, 1]; optional
     np = { channels = [0, 1] }       # background and nucleus, or only nucleus
     hv = { channels = [2, 3] }       # h (along x) and v (along y)
     tp = { channels = [4, 5, 6], values = "probabilities" }   # background, then the classes; omit it if there are none
@@ -167,6 +167,10 @@ def _adapted(model: Any, said: Mapping[str, Any], card: Card) -> Any:
     numbers = [len(scaling["mean"]), len(scaling["std"])] == [3, 3] and min(scaling["std"]) > 0
     if len(scaling) != 3 or scaling["order"] not in ("RGB", "BGR") or not numbers:
         raise ValueError('input takes mean, std (each three numbers) and order ("RGB" or "BGR")')
+    if not all(0 <= number <= 1 for number in (*scaling["mean"], *scaling["std"])):  # 255 would make all images black
+        raise ValueError(
+            "input has mean or std above 1 or below 0, but images have values in [0, 1]; divide them by 255"
+        )
     if scaling["order"] == "BGR":
         steps.input().preprocess().reverse_channels()
     steps.input().preprocess().mean(list(map(float, scaling["mean"]))).scale(list(map(float, scaling["std"])))
