@@ -32,6 +32,8 @@ def file_fault(error: OSError) -> str:
         remedy = "a file belongs there: move or remove the folder"
     elif error.errno in (errno.ENOTDIR, errno.EEXIST):
         remedy = "a folder belongs there: move or remove the file"
+    elif error.errno == errno.EFBIG:
+        remedy = "raise the limit of file sizes (ulimit -f), or write to a file system without such a limit"
     return f"{error.filename}: {error.strerror}; {remedy}"
 
 
