@@ -31,16 +31,21 @@ OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|MemoryError", re
 
 
 def file_fault(error: OSError) -> str:
-    """Return one line that says what is wrong with the file that `error` names, and what to do.
+    """Return one line that says what is wrong with a file, and what to do.
 
-    `error`: OSError with a file name (`filename`).
+    `error`: OSError with an error number; its file name (`filename`), if it has one, begins the line.
     """
     remedy = "check that it can be read and written"
     if error.errno == errno.EISDIR:
         remedy = "a file belongs there: move or remove the folder"
     elif error.errno in (errno.ENOTDIR, errno.EEXIST):
         remedy = "a folder belongs there: move or remove the file"
-    return f"{error.filename}: {error.strerror}; {remedy}"
+    elif error.errno == errno.EFBIG:
+        remedy = "raise the limit of file sizes (ulimit -f), or write to a file system without such a limit"
+    elif error.errno in STORAGE_FAILED:
+        remedy = "check the disk or network file system, and run the same command again"
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}; {remedy}"
 
 
 def machine_fault(error: OSError | MemoryError | RuntimeError) -> str | None:
@@ -53,10 +58,7 @@ def machine_fault(error: OSError | MemoryError | RuntimeError) -> str | None:
     if isinstance(error, OSError):
         if error.errno in DISK_FULL:
             return "no space left on disk; free some space and run the same command again"
-        if error.errno in STORAGE_FAILED:
-            where = "" if error.filename is None else f"{error.filename}: "
-            return f"{where}{error.strerror}; check the disk or network file system, and run the same command again"
-        return None
+        return file_fault(error) if error.errno in STORAGE_FAILED else None
     if "DataLoader worker" in text and KILLED.search(text):
         return (
             "a process that prepares batches was killed, usually because memory or shared memory ran out; free some, "

@@ -235,11 +235,23 @@ def sweeping(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the name `path` to an OSError of the block that names no file: failed writes do not say where they failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """Yield an unused hidden path in the folder of `path`; remove the file there afterwards."""
     temporary = _hidden_name(path)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

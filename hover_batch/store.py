@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 from zarr.storage import LocalStore
 
-from hover_batch.files import write_first
+from hover_batch.files import naming, write_first
 from hover_batch.geometry import Box, Size, cell_box
 from hover_batch.shard import decode_shard, encode_shard
 
@@ -62,18 +62,19 @@ class PredictionStore:
         if (path / "zarr.json").exists():
             return cls.open(path)
         chunk = CHUNK if unit % CHUNK == 0 else unit
-        array = zarr.create_array(
-            LocalStore(path),
-            shape=(planes, size.height, size.width),
-            shards=(planes, unit, unit),
-            chunks=(1, chunk, chunk),
-            dtype="uint8",
-            fill_value=0,
-            compressors=ZstdCodec(level=1),
-            zarr_format=3,
-            dimension_names=("plane", "y", "x"),
-            attributes=dict(attributes),
-        )
+        with naming(path):
+            array = zarr.create_array(
+                LocalStore(path),
+                shape=(planes, size.height, size.width),
+                shards=(planes, unit, unit),
+                chunks=(1, chunk, chunk),
+                dtype="uint8",
+                fill_value=0,
+                compressors=ZstdCodec(level=1),
+                zarr_format=3,
+                dimension_names=("plane", "y", "x"),
+                attributes=dict(attributes),
+            )
         return cls(array, path)
 
     @classmethod

@@ -72,7 +72,8 @@ class Taxonomy:
         `classes` and, optionally, `color` as [red, green, blue], each 0 to 255. The default is the colour of the first
         class in the list.
 
-        InputError if the map is malformed, or if a class other than the background is not named exactly once.
+        InputError if the map is malformed, if a class other than the background is not named exactly once, or if new
+        names differ in upper and lower case only.
         """
         if not class_map:
             return self, tuple(c.id for c in self.classes)
@@ -91,6 +92,8 @@ class Taxonomy:
                 new_name_of[member] = name
             lowest_id = min(by_name[member].id for member in members)
             merged.append((lowest_id, name, color or by_name[members[0]].color))
+        if twins := _twins(class_map):
+            raise InputError(f"class map: {_list(twins)} differ in upper and lower case only; rename one of them")
         if missing := [name for name in by_name if name not in new_name_of]:
             raise InputError(f"class map: {_list(missing)} not mapped; name each class once: {_list(by_name)}")
         background = self.classes[0]
@@ -128,15 +131,27 @@ class Taxonomy:
             if len(levels) != 3 or len(color) != 3:
                 raise ValueError(f"taxonomy: class {label:.40} has the colour {color!r:.40}")
             classes.append(NucleusClass(class_id, label, (levels[0], levels[1], levels[2])))
-        names = [c.name for c in classes]
-        if len(set(names)) < len(names) or "nuclei" in names:
-            raise ValueError("taxonomy: two classes have the same name, or one has the reserved name nuclei")
+        if twins := _twins([*(c.name for c in classes), "nuclei"]):
+            raise ValueError(
+                f"taxonomy: the names {_list(twins)} are the same, or differ in upper and lower case only (nuclei is "
+                "reserved)"
+            )
         return cls(name, tuple(classes))
+
+
+def _twins(names: Iterable[str]) -> list[str]:
+    """Return two names that are equal up to upper and lower case, as columns in SQL are; [] if there are none."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if name.casefold() in seen:
+            return [seen[name.casefold()], name]
+        seen[name.casefold()] = name
+    return []
 
 
 def _members_and_color(name: str, value: Any) -> tuple[list[str], Rgb | None]:
     """Return the classes and the colour in one entry of a class map."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in RESERVED_NAMES:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name.casefold() in RESERVED_NAMES:
         raise InputError(
             f"class map: {name!r} cannot name a class; use letters, digits, `.`, `_`, `-`, and neither of "
             f"{_list(RESERVED_NAMES)}"

@@ -63,6 +63,15 @@ def test_a_failed_write_leaves_the_old_content_whole(
     assert list(leftovers(path)) == []
 
 
+@pytest.mark.parametrize("raised", [OSError(errno.EFBIG, "File too large"), OSError(errno.EIO, "I/O", "other")])
+def test_a_write_that_names_no_file_gets_its_name(tmp_path: Path, raised: OSError) -> None:
+    """Python names a file that it cannot open, but not one that it cannot write."""
+    path, given = tmp_path / "a.json", raised.filename
+    with pytest.raises(OSError) as caught, replacing(path):
+        raise raised
+    assert caught.value.filename == (given or str(path))
+
+
 @pytest.mark.parametrize("old", [True, False])
 def test_a_folder_is_replaced_whole(tmp_path: Path, old: bool) -> None:
     path = tmp_path / "a.zarr"

@@ -22,7 +22,7 @@ from hover_batch.model.heads import MapLayout
 from hover_batch.slide.headers import SlideInfo
 from hover_batch.slide.survey import read_info, read_tissue, write_survey
 from hover_batch.slide.tissue import TissueMask
-from hover_batch.taxonomy import CONSEP
+from hover_batch.taxonomy import CONSEP, Taxonomy
 
 
 def run(*arguments: str | Path) -> Result:
@@ -219,7 +219,9 @@ ALL = ["miscellaneous", "inflammatory", "epithelial", "spindle"]
         ({"a": [*ALL, "background"]}, "background is not a class"),
         ({"background": ALL}, "'background' cannot name a class"),
         ({"nuclei": ALL}, "'nuclei' cannot name a class"),
+        ({"Nuclei": ALL}, "'Nuclei' cannot name a class"),
         ({"a b": ALL}, "'a b' cannot name a class"),
+        ({"Tumor": ALL[:2], "tumor": ALL[2:]}, "Tumor, tumor differ in upper and lower case only"),
         ({"a": "spindle"}, "write a ="),
         ({"a": []}, "write a ="),
         ({"a": {"classes": ALL, "colour": [1, 2, 3]}}, "write a ="),
@@ -229,6 +231,13 @@ ALL = ["miscellaneous", "inflammatory", "epithelial", "spindle"]
 def test_a_class_map_names_every_class_once(class_map: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         CONSEP.merged(class_map)
+
+
+def test_classes_that_sql_does_not_distinguish_are_refused() -> None:
+    for names in (["Tumor", "tumor"], ["a", "a"], ["Nuclei"]):
+        classes = [{"id": i, "name": name, "color": [0, 0, 0]} for i, name in enumerate(["background", *names])]
+        with pytest.raises(ValueError, match="are the same, or differ in upper and lower case only"):
+            Taxonomy.from_json({"name": "own", "classes": classes})
 
 
 def test_no_class_map_is_the_models_own_taxonomy() -> None:

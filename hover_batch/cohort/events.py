@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hover_batch.errors import DISK_FULL
+from hover_batch.files import naming
 
 _BLOCK = 1 << 16
 
@@ -45,7 +46,8 @@ class EventLog:
         with self._guard:
             end = self._file.seek(0, os.SEEK_END)
             try:
-                complete = self._file.write(content) == len(content)
+                with naming(Path(self._file.name)):
+                    complete = self._file.write(content) == len(content)
             except OSError as error:
                 if error.errno not in DISK_FULL:
                     raise

@@ -217,13 +217,15 @@ def with_rows(table: pa.Table, new: pa.Table) -> pa.Table:
     """Return `table` with the rows of `new` added, sorted by model and slide_id.
 
     A row of `new` replaces the row of the same slide and model. Columns that only one of the tables has are null in the
-    rows of the other. If a column is a number in one table and text in the other, both are kept, and the text column
-    gets the prefix extra_.
+    rows of the other. Names that differ in upper and lower case only are one column, spelled as in `table`. If a column
+    is a number in one table and text in the other, both are kept, and the text column gets the prefix extra_.
 
     `table`, `new`: rows of slides.parquet.
     """
     keys = [_key_column(each) for each in (table, new)]
     kept = table.filter(pc.invert(pc.is_in(keys[0], value_set=keys[1])))
+    spelled = {name.casefold(): name for name in table.column_names}
+    new = new.rename_columns([spelled.get(name.casefold(), name) for name in new.column_names])
     kept, new = _without_text(kept, new), _without_text(new, kept)
     joined = pa.concat_tables([kept, new], promote_options="default")
     return joined.sort_by([("model", "ascending"), ("slide_id", "ascending")]).combine_chunks()

@@ -144,10 +144,11 @@ def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) 
 def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:
     """Return the columns that come from the cohort CSV."""
     row: Row = {"slide_id": record.slide_id, "patient_id": record.patient_id, "group": record.group}
-    known = set(summary_schema(taxonomy).names)
+    known = {name.casefold() for name in summary_schema(taxonomy).names}
     for name, value in record.extra.items():
-        # A column of the cohort CSV must replace neither one of the summary nor another of the CSV.
-        while name in known or name in row or name.startswith((STAGE, ESTIMATE)):
+        # A column of the cohort CSV must replace neither one of the summary nor another of the CSV, also not in SQL,
+        # which ignores upper and lower case.
+        while name.casefold() in known or name in row or name.casefold().startswith((STAGE, ESTIMATE)):
             name = f"extra_{name}"
         row[name] = value
     return row

@@ -16,6 +16,7 @@ from dataset_runs import MadeRun, check, held, same
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from hover_batch.dataset.opened import Dataset
 from hover_batch.dataset.slides import read_entries, read_slides_table
 from hover_batch.dataset.update import add_run
 from hover_batch.geometry import Size
@@ -156,6 +157,16 @@ def test_columns_of_two_runs_with_other_classes_and_cells(nuclei: tuple[Any, Siz
         rows = {row["slide_id"]: row for row in table.to_pylist()}
         assert rows["b"]["extra_ink"] == "much" and rows["a"]["extra_ink"] is None
     assert set(tables[0].column_names) == set(tables[1].column_names)
+
+
+def test_columns_of_two_runs_that_sql_does_not_distinguish_are_one(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
+    for key, slide_id, column in (("x", "a", "Age"), ("y", "b", "age")):
+        run = MadeRun(tmp_path / key, *nuclei, model_sha256=key * 64)
+        run.list(slide_id, **{column: slide_id})
+        run.put(slide_id, 50)
+        add_run(run.layout.root, tmp_path / "dataset", (), silent)
+    with Dataset(tmp_path / "dataset") as dataset:
+        assert dataset.sql("SELECT age FROM slides ORDER BY ALL")["Age"].tolist() == ["a", "b"]
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch, dataset: Path, snapshots: Path) -> Callable[[], list[Path]]:

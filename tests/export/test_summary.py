@@ -150,6 +150,14 @@ def test_columns_of_the_cohort_do_not_replace_each_other(order: tuple[str, str])
     assert list(own) == ["extra_level", "extra_extra_level"] and list(own.values()) == list(order)
 
 
+def test_columns_of_the_cohort_do_not_hide_others_in_sql() -> None:
+    names = ("Nuclei", "N_Epithelial", "Seconds_read", "Estimated_age", "Age")
+    record = SlideRecord("a", Path("a.svs"), 2, extra=dict.fromkeys(names, "x"))
+    row = slide_summary(record, CONSEP, status="failed", nuclei=None, tissue_mm2=None, seconds={})
+    own = [name for name in row if name not in summary_schema(CONSEP).names]
+    assert own == [*(f"extra_{name}" for name in names[:-1]), "Age"]
+
+
 def test_a_slide_without_nuclei_or_tissue(tmp_path: Path) -> None:
     table(tmp_path / "none.parquet", 0, 0)
     row = slide_summary(

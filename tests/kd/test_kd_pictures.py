@@ -65,6 +65,24 @@ def test_a_tiff_with_an_orientation_is_refused(tmp_path, orientation):
         read_instances(tmp_path / "l.tif", (20, 30))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
+@pytest.mark.parametrize("stored", [{}, {"compression": "zstd"}, {"tile": (16, 16)}])
+def test_label_tiffs_of_all_integers(tmp_path, capfd, dtype, stored):
+    labels = np.zeros((40, 50), dtype)
+    labels[5:15, 5:15], labels[20:30, 20:35] = 1, 100
+    tifffile.imwrite(tmp_path / "l.tif", labels, **stored)
+    assert np.array_equal(read_instances(tmp_path / "l.tif", (40, 50)), labels)
+    assert capfd.readouterr().err == ""
+
+
+def test_ids_beyond_32_bits_are_refused(tmp_path):
+    labels = np.zeros((40, 50), np.int64)
+    labels[5:15, 5:15] = 1 << 32  # 0 in 32 bits
+    tifffile.imwrite(tmp_path / "l.tif", labels)
+    with pytest.raises(InputError, match="int64 .* should be ids from 0 to 2147483647"):
+        read_instances(tmp_path / "l.tif", (40, 50))
+
+
 def test_a_plain_tiff(tmp_path):
     tifffile.imwrite(tmp_path / "x.tif", ramp(20, 30), photometric="rgb")
     assert np.array_equal(read_image(tmp_path / "x.tif"), ramp(20, 30))

@@ -234,7 +234,7 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
             lambda f: as_tiff(f, "labels", np.full((64, 64), 1.5, np.float32)),
             r"x_labels\.tif: float32 .* but should be",
         ),
-        (lambda f: as_tiff(f, "labels", np.full((64, 64), -1, np.int16)), r"x_labels\.tif: int16 .* ids from 0 on"),
+        (lambda f: as_tiff(f, "labels", np.full((64, 64), -1, np.int16)), r"x_labels\.tif: int16 .* ids from 0 to"),
         (lambda f: as_tiff(f, "types", np.ones((64, 64), np.float32)), r"x_types\.tif: float32 .* but should be"),
         (
             lambda f: (f / "dataset.csv").write_text((f / "dataset.csv").read_text() + ROW),

@@ -175,6 +175,16 @@ def test_regions_of_a_slide(data: Path, tmp_path: Path) -> None:
         raise prepare(folder, "-o", tmp_path / "x.npz").exception
 
 
+def test_regions_that_are_drawn_twice_are_one_image(folder: Path) -> None:
+    region, nucleus = feature(shapely.box(20, 20, 120, 120), "Region*"), feature(disc(60, 60), "epithelial")
+    write(folder / "x.geojson", region, region, nucleus)
+    samples, _, notes = prepared(folder)
+    assert list(samples) == ["qupath_x_20_20"] and "1 regions equal another one; skipped" in notes
+    write(folder / "x.geojson", region, feature(shapely.box(20, 20, 120, 150), "Region*"), nucleus)
+    with pytest.raises(InputError, match="two regions of different size begin at 20, 20; delete one of them"):
+        raise prepare(folder, "-o", folder / "x.npz").exception
+
+
 def test_all_kinds_of_objects(folder: Path) -> None:
     cell = feature(disc(30, 30, 20), "epithelial", objectType="cell")
     cell["nucleusGeometry"] = shapely.geometry.mapping(disc(30, 30, 8))

@@ -26,6 +26,9 @@ SEMANTIC_PIECES = 3
 LARGEST_AREA = 128**2
 """Area in pixels, 1024 µm², above which an instance that covers most of its image is no nucleus."""
 
+# OpenCV would print its messages on stderr, beside the error that names the file.
+cv2.setLogLevel(0)
+
 
 def read_image(path: Path) -> NDArray[np.uint8]:
     """Return the pixels of the image file `path` as stored, RGB (y, x, 3) uint8.
@@ -113,10 +116,16 @@ def check_instance_ids(instances: NDArray[np.int32], where: str) -> None:
 def _read_labels(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.int32], np.dtype[Any]]:
     """Return the labels (y, x) int32, and the dtype in which they are stored."""
     labels = _read(path, cv2.IMREAD_UNCHANGED)
-    if labels.ndim != 2 or labels.dtype.kind not in "ui" or labels.min(initial=0) < 0:
+    highest = np.iinfo(np.int32).max
+    if (
+        labels.ndim != 2
+        or labels.dtype.kind not in "ui"
+        or labels.min(initial=0) < 0
+        or labels.max(initial=0) > highest
+    ):
         raise InputError(
-            f"{path}: {labels.dtype} of shape {labels.shape}, but should be ids from 0 on, (y, x); save it as a grey "
-            "PNG of 16 bits"
+            f"{path}: {labels.dtype} of shape {labels.shape}, but should be ids from 0 to {highest}, (y, x); save it "
+            "as a grey PNG of 16 bits"
         )
     if labels.shape != shape:
         raise InputError(f"{path}: shape {labels.shape}, but its image has {shape}; save labels of the same size")
@@ -124,7 +133,10 @@ def _read_labels(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.int32],
 
 
 def _read(path: Path, flags: int) -> NDArray[Any]:
-    """Return the pixels as OpenCV reads them with `flags`. Raises InputError if it cannot read them as stored."""
+    """Return the pixels as OpenCV reads them with `flags`; those of a TIFF unchanged if the flags say so.
+
+    Raises InputError if they cannot be read as stored.
+    """
     # OpenCV always rotates a TIFF according to its tag, even with IGNORE_ORIENTATION.
     if path.suffix.lower() in (".tif", ".tiff"):
         pages, orientation = _tiff_pages(path)
@@ -138,9 +150,11 @@ def _read(path: Path, flags: int) -> NDArray[Any]:
                 f"{path}: a TIFF of {pages} pages, such as channels or a stack; save the right one, or an image in "
                 "colour, as a PNG"
             )
+    pixels = _tiff_pixels(path) if flags == cv2.IMREAD_UNCHANGED else None
     try:
         # imread prints a warning of its own for a missing file, and fills up a truncated JPEG with grey.
-        pixels = cv2.imdecode(np.fromfile(path, np.uint8), flags) if path.is_file() else None  # a pipe would never end
+        if pixels is None and path.is_file():  # a pipe would never end
+            pixels = cv2.imdecode(np.fromfile(path, np.uint8), flags)
     except (OSError, cv2.error):
         pixels = None
     if pixels is None:
@@ -148,6 +162,18 @@ def _read(path: Path, flags: int) -> NDArray[Any]:
             f"{path} cannot be read as an image; check that it exists and is complete, and save it as a PNG"
         )
     return np.asarray(pixels)
+
+
+def _tiff_pixels(path: Path) -> NDArray[Any] | None:
+    """Return the pixels of the first page of a TIFF as stored; None if `path` is not a TIFF or cannot be read.
+
+    OpenCV reads no labels of uint32 or 64 bits, none in tiles of 8 bits, and few compressions.
+    """
+    try:
+        with tifffile.TiffFile(path) as file:
+            return np.asarray(file.pages.first.asarray())
+    except Exception:  # tifffile and its decoders raise many kinds
+        return None
 
 
 def _tiff_pages(path: Path) -> tuple[int, int]:

@@ -76,8 +76,8 @@ class Qupath:
 
     Raises InputError if a file cannot be read; if the pixel size of a slide is unknown; if a GeoJSON file does not
     belong to exactly one picture, or a picture has several; if an outline lies outside of its picture or is too large
-    for a nucleus; if a picture with a side above FIELD_SIDE (2048) pixels has no region; or if a region is not an
-    upright rectangle with sides within REGION_SIDES (64 to 4096 pixels).
+    for a nucleus; if a picture with a side above FIELD_SIDE (2048) pixels has no region; if a region is not an
+    upright rectangle with sides within REGION_SIDES (64 to 4096 pixels); or if two different ones have one corner.
     """
 
     def __init__(self, folder: Path, class_map: Mapping[str, str]) -> None:
@@ -206,8 +206,14 @@ class Qupath:
         self._check(files, nuclei, objects.names, whole, grid)
         name = f"qupath_{record.slide_id}"
         if len(regions):
-            boxes = [_box(files.annotations, region, grid) for region in regions]
+            boxes = list(dict.fromkeys(_box(files.annotations, region, grid) for region in regions))
+            self._counts["regions equal another one; skipped"] += len(regions) - len(boxes)
             ids = [f"{name}_{box.x0}_{box.y0}" for box in boxes]
+            if twins := [box for box, n in zip(boxes, map(ids.count, ids), strict=True) if n > 1]:
+                x, y = twins[0].x0 * grid.scale_x, twins[0].y0 * grid.scale_y
+                raise InputError(
+                    f"{files.annotations}: two regions of different size begin at {x:.0f}, {y:.0f}; delete one of them"
+                )
         elif max(grid.size.width, grid.size.height) > FIELD_SIDE:
             raise InputError(
                 f"{files.annotations}: has no region, but {files.picture.name} has {grid.size.width} × "
