@@ -15,9 +15,9 @@ from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.architectures import architecture
 from hover_batch.model.card import Card
-from hover_batch.model.heads import JOINED_SYSTEMS
+from hover_batch.model.heads import SYSTEMS
 from hover_batch.model.images import batch_of, predict_image
-from hover_batch.model.package import find_package, save_package
+from hover_batch.model.package import find_package, not_finite, save_package
 from hover_batch.model.predict import Predictor
 from hover_batch.nuclei.systems import splitter
 from hover_batch.taxonomy import Taxonomy
@@ -95,7 +95,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     half = config["model"] in ENCODERS
     if half:
         network.half().float()  # score the weights as they are stored in the package
-    if not all(t.isfinite().all() for t in network.state_dict().values()):
+    if not_finite(network.state_dict()):
         too_large = " or too large for float16" if half else ""
         raise PackageError(
             f"{checkpoint}: a weight is not finite{too_large}, because the training has diverged; train again with a "
@@ -122,7 +122,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         tile_in=tile_in,
         tile_out=tile_out,
         sobel={},
-        seam_exact=kind.system not in JOINED_SYSTEMS,
+        seam_exact=SYSTEMS[kind.system].seam_exact,
         licence=_licence(sources, record["teacher"]),
         training={
             "steps": saved["step"],

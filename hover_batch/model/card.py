@@ -114,9 +114,9 @@ class Card:
 
         InputError if only torch can run the network, and the runtime is neither `auto` nor torch.
         """
-        from hover_batch.model.heads import TORCH_SYSTEMS
+        from hover_batch.model.heads import SYSTEMS
 
-        if self.system not in TORCH_SYSTEMS or settings.runtime == "torch":
+        if not SYSTEMS[self.system].torch_only or settings.runtime == "torch":
             return settings
         if settings.runtime != "auto":
             raise InputError(
@@ -170,11 +170,11 @@ class Card:
             raise PackageError(f"the card's encoder is {short(self.encoder)}: must be a name")
         if not 0.01 <= self.mpp <= 100:
             raise PackageError(f"the card's mpp is {self.mpp}: must be 0.01 to 100 µm per pixel")
-        from hover_batch.model.heads import JOINED_SYSTEMS, SYSTEMS
+        from hover_batch.model.heads import SYSTEMS
 
         if self.system not in SYSTEMS:
             raise PackageError(f"the card's system is {short(self.system)}: must be one of {', '.join(SYSTEMS)}")
-        if self.seam_exact and self.system in JOINED_SYSTEMS:
+        if self.seam_exact and not SYSTEMS[self.system].seam_exact:
             raise PackageError(f"the card's seam_exact is true: must be false for the system {self.system}")
         wanted = _SOBEL if self.system == "hover" else set()
         numbers = [v for v in self.sobel.values() if type(v) in (int, float) and math.isfinite(v)]

@@ -23,7 +23,7 @@ from hover_batch.model.architectures import architectures
 from hover_batch.model.architectures.protocol import Architecture, Recognised
 from hover_batch.model.card import Card
 from hover_batch.model.fetch import fetched
-from hover_batch.model.package import find_package
+from hover_batch.model.package import find_package, not_finite
 from hover_batch.model.published import KINDS
 
 _DAMAGED = (
@@ -140,8 +140,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     weights = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
     if odd := [n for n, t in weights.items() if not _is_dense(t)]:
         raise PackageError(f"{path}: {odd[0]} is not a dense tensor with values; save it as one")
-    if broken := [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]:
-        raise PackageError(f"{path}: {broken[0]} is not finite; the training diverged, or the file is corrupted")
+    if broken := not_finite(weights):
+        raise PackageError(f"{path}: {broken} is not finite; the training diverged, or the file is corrupted")
     return weights, record
 
 

@@ -24,21 +24,30 @@ NP = slice(0, 2)
 HV = slice(2, 4)
 _TP_START = 4
 
-SYSTEMS: Mapping[str, tuple[str, str]] = MappingProxyType(
+
+@dataclass(frozen=True)
+class System:
+    """What a network learns, and how its output becomes nuclei."""
+
+    planes: tuple[str, str]
+    """Names of its planes h and v in stored maps."""
+    seam_exact: bool = True
+    """Whether a nucleus depends on its own connected component alone. False if it is found in each tile that it meets,
+    and the pieces are joined by overlap."""
+    torch_only: bool = False
+    """Whether only torch can run its networks, because the work depends on what is in the image."""
+
+
+SYSTEMS: Mapping[str, System] = MappingProxyType(
     {
-        "hover": ("h", "v"),
-        "dist": ("distance", "unused_v"),
-        "micronet": ("unused_h", "unused_v"),
-        "mask-rcnn": ("to_centre_x", "to_centre_y"),
+        "hover": System(("h", "v")),
+        "dist": System(("distance", "unused_v")),
+        "micronet": System(("unused_h", "unused_v")),
+        "mask-rcnn": System(("to_centre_x", "to_centre_y"), seam_exact=False, torch_only=True),
     }
 )
-"""System → names of its planes h and v in stored maps. A system is what a network learns and how its output becomes
-nuclei: HoVerNet's, DIST's (h is the distance to the nucleus's edge divided by DISTANCE_PX), Micro-Net's or Mask R-CNN's
-(h and v are the distances to the centre of the nucleus's box divided by CENTRE_PX)."""
-JOINED_SYSTEMS = frozenset({"mask-rcnn"})
-"""Systems that find a nucleus in each tile that it meets, and join the pieces by overlap."""
-TORCH_SYSTEMS = frozenset({"mask-rcnn"})
-"""Systems whose networks only torch can run, because the work depends on what is in the image."""
+"""System by its name in cards: HoVerNet's, DIST's (h is the distance to the nucleus's edge divided by DISTANCE_PX),
+Micro-Net's, and Mask R-CNN's (h and v are the distances to the centre of the nucleus's box divided by CENTRE_PX)."""
 DISTANCE_PX = 32
 """Largest distance to the edge of a nucleus in pixels that DIST stores; a stored step is a quarter of a pixel."""
 CENTRE_PX = 127
@@ -133,4 +142,4 @@ class MapLayout:
 
         `classes` (n_types): names of the classes, background first. `system`: a key of SYSTEMS; KeyError for others.
         """
-        return ["np", *SYSTEMS[system], *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]
+        return ["np", *SYSTEMS[system].planes, *(f"tp_{name}" for name in classes), "hematoxylin", "eosin"]

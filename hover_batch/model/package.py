@@ -96,10 +96,10 @@ def load_network(package: Package) -> nn.Module:
     finite, or do not fit the card. ImportError if the network is an OpenVINO model and OpenVINO is not installed.
     """
     tensors = load_tensors(package)
-    if broken := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+    if broken := not_finite(tensors):
         # The network would find no nuclei, as if there were none.
         raise PackageError(
-            f"package {package.path}: {broken[0]} holds values that are not finite; export or download it again"
+            f"package {package.path}: {broken} holds values that are not finite; export or download it again"
         )
     card, kind = package.card, architecture(package.card.architecture)
     if card.system != kind.system:
@@ -134,6 +134,11 @@ def load_tensors(package: Package) -> dict[str, torch.Tensor]:
     if not matches:
         raise PackageError(f"package {package.path}: the weights do not match their card; download the file again")
     return tensors
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of the first of the tensors with a value that is NaN or infinite, or None if there is none."""
+    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
 
 
 def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:
