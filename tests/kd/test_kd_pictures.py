@@ -172,6 +172,28 @@ def test_labels_that_are_no_instance_ids_are_refused(tmp_path, labels, message):
         read_instances(tmp_path / "l.png", labels.shape)
 
 
+@pytest.mark.parametrize("scale", [0.75, 1.5, 2])
+@pytest.mark.parametrize("way", [cv2.INTER_LINEAR, cv2.INTER_CUBIC])
+def test_interpolated_labels_are_refused(tmp_path, scale, way):
+    """Edges would become nuclei: of 48 real ones, 492."""
+    labels = np.repeat(np.repeat(discs(300), 2, axis=0), 2, axis=1)
+    ids = cv2.resize(labels.astype(np.float32), None, fx=scale, fy=scale, interpolation=way).clip(0).astype(np.uint16)
+    write_png(tmp_path / "l.png", ids)
+    with pytest.raises(InputError, match=r"l\.png: .* ids are in several pieces.* nearest neighbour"):
+        read_instances(tmp_path / "l.png", ids.shape)
+    nearest = cv2.resize(labels, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    write_png(tmp_path / "l.png", nearest)
+    assert np.array_equal(read_instances(tmp_path / "l.png", nearest.shape), nearest)
+
+
+@pytest.mark.parametrize("read", [read_instances, read_codes])
+def test_labels_in_a_jpeg_are_refused(tmp_path, read):
+    cv2.imwrite(str(tmp_path / "l.jpg"), discs(40).astype(np.uint8))
+    (tmp_path / "l.jpg").rename(tmp_path / "l.png")
+    with pytest.raises(InputError, match=r"l\.png: a JPEG, whose compression changes ids"):
+        read(tmp_path / "l.png", discs(40).shape)
+
+
 def in_two_pieces() -> np.ndarray:
     labels = discs(30)
     labels[labels == 2] = 1

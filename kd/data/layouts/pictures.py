@@ -19,10 +19,14 @@ from kd.data.pieces import pieces_of
 
 UPRIGHT = 1
 """Orientation tag of images that are displayed as stored."""
+JPEG = b"\xff\xd8\xff"
+"""First bytes of a JPEG."""
 NUCLEUS_AREA = 20
 """Smallest area in pixels of a piece that may be a separate nucleus."""
 SEMANTIC_PIECES = 3
 """Number of such pieces from which a value looks like a class instead of an id."""
+INTERPOLATED_IDS = 10
+"""Smallest number of ids in an image of which half may be in several pieces only if the labels were interpolated."""
 LARGEST_AREA = 128**2
 """Area in pixels, 1024 µm², above which an instance that covers most of its image is no nucleus."""
 
@@ -55,7 +59,8 @@ def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
 
     Raises InputError if the file cannot be read as labels of this shape (see `read_codes`), or the values are not
     instance ids (see `check_instance_ids`). Labels of 8 bits that contain 255 are rejected, because larger ids may have
-    been truncated.
+    been truncated. Labels that were resized with interpolation, which creates values between those of neighbours, are
+    rejected, too: of their values, most are in several pieces; of published annotations, at most one in fifty.
     """
     ids, dtype = _read_labels(path, shape)
     check_instance_ids(ids, str(path))
@@ -64,6 +69,12 @@ def read_instances(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
         raise InputError(
             f"{path}: 8-bit labels with {limit}, the largest value of 8 bits: a mask of 0 and {limit}, or ids of which "
             "the larger ones were truncated; save the original instance ids as a 16-bit grey PNG"
+        )
+    in_several = pieces_of(ids) > 1
+    if len(in_several) >= INTERPOLATED_IDS and in_several.mean() >= 0.5:
+        raise InputError(
+            f"{path}: {in_several.sum()} of its {len(in_several)} ids are in several pieces, as after a resize with "
+            "interpolation; resize labels with nearest neighbour"
         )
     return ids
 
@@ -74,7 +85,7 @@ def read_codes(path: Path, shape: tuple[int, ...]) -> NDArray[np.int32]:
     `shape`: (y, x) of the image.
 
     Raises InputError if the file cannot be read, does not have one channel of whole numbers from 0 on, has another
-    shape, or is a TIFF with several pages or an orientation tag other than upright.
+    shape, or is a JPEG, or a TIFF with several pages or an orientation tag other than upright.
     """
     return _read_labels(path, shape)[0]
 
@@ -116,6 +127,9 @@ def check_instance_ids(instances: NDArray[np.int32], where: str) -> None:
 def _read_labels(path: Path, shape: tuple[int, ...]) -> tuple[NDArray[np.int32], np.dtype[Any]]:
     """Return the labels (y, x) int32, and the dtype in which they are stored."""
     labels = _read(path, cv2.IMREAD_UNCHANGED)
+    with path.open("rb") as file:
+        if file.read(len(JPEG)) == JPEG:
+            raise InputError(f"{path}: a JPEG, whose compression changes ids; save the original labels as a PNG")
     highest = np.iinfo(np.int32).max
     if (
         labels.ndim != 2
