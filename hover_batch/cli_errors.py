@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from typing import Any
 
@@ -63,8 +64,8 @@ def _tolerant(stream: Any) -> Any:
 class CommandGroup(TyperGroup):
     """Group of all commands.
 
-    A HoverBatchError, a file that cannot be used, a full disk and Ctrl-C end the program with one message and their
-    exit code.
+    A HoverBatchError, a file that cannot be used, a full disk, a library that does not load, a lack of memory and
+    Ctrl-C end the program with one message and their exit code.
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -85,8 +86,8 @@ class CommandGroup(TyperGroup):
         """Run the command of `ctx`. On an expected error, print its message to stderr and exit with its exit code.
 
         It exits by raising typer.Exit. Expected are HoverBatchError, an OSError that names a file or means a full disk,
-        and KeyboardInterrupt (exit code 130). Other exceptions propagate. While the command runs, SIGTERM and SIGHUP
-        raise KeyboardInterrupt, as Ctrl-C does.
+        a native library that does not load, MemoryError, and KeyboardInterrupt (exit code 130). Other exceptions
+        propagate. While the command runs, SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does.
         """
         try:
             with on_interrupt():
@@ -94,18 +95,29 @@ class CommandGroup(TyperGroup):
         except HoverBatchError as error:
             _say(ctx, f"Error: {error}", error.exit_code)
             raise typer.Exit(error.exit_code) from error
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                message = "Error: no space left on disk; free some space and run the same command again"
-            elif error.filename is not None:
-                message = f"Error: {file_fault(error)}"
-            else:
+        except (OSError, ImportError, MemoryError) as error:
+            if (message := _fault_of_machine(error)) is None:
                 raise
-            _say(ctx, message, HoverBatchError.exit_code)
+            _say(ctx, f"Error: {message}", HoverBatchError.exit_code)
             raise typer.Exit(HoverBatchError.exit_code) from error
         except KeyboardInterrupt as error:
             _say(ctx, "Interrupted. Finished work is kept: run the same command again to resume.", 130)
             raise typer.Exit(130) from error
+
+
+def _fault_of_machine(error: OSError | ImportError | MemoryError) -> str | None:
+    """Return what is wrong with the machine or its files, and what to do; None if the error does not say."""
+    doctor = "`hover-batch doctor` checks this machine and says what to do"
+    if isinstance(error, MemoryError):
+        return f"memory ran out; {doctor}"
+    # dlopen's message begins with the library; ctypes raises it as an OSError without a number.
+    if getattr(error, "errno", None) is None and re.match(r"\S+\.so[.\d]*: ", str(error)):
+        return f"a library does not load ({error}); {doctor}"
+    if isinstance(error, ImportError):
+        return None
+    if error.errno in DISK_FULL:
+        return "no space left on disk; free some space and run the same command again"
+    return None if error.filename is None else file_fault(error)
 
 
 def _say(ctx: Any, message: str, exit_code: int) -> None:
