@@ -6,8 +6,6 @@ import csv as csv_module
 import errno
 import json
 import os
-import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,13 +14,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from hover_batch.cli import app
-from hover_batch.cli_errors import CommandGroup
 from hover_batch.config import SECTION_OF, Settings
 from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.card import Card
@@ -365,47 +361,6 @@ def test_a_full_disk_is_said_in_one_line_and_blames_no_slide(
     result = run("segment", csv, "-o", out)
     assert result.exit_code == 0, result.output
     assert table(out / "failures.csv") == []
-
-
-@pytest.mark.parametrize(
-    ("raised", "message"),
-    [
-        (ImportError("libX.so.1: cannot open shared object file"), "a library does not load (libX.so.1: cannot open"),
-        (OSError("/usr/lib/_raylet.so: failed to map segment"), "a library does not load (/usr/lib/_raylet.so: failed"),
-        (MemoryError(), "memory ran out; `hover-batch doctor` checks"),
-        (ImportError("cannot import name 'x' from 'y'"), None),
-        (OSError("no number"), None),
-    ],
-)
-def test_a_library_that_does_not_load_ends_with_a_message(raised: Exception, message: str | None) -> None:
-    """As without libGL, or under a limit of the address space."""
-    command = typer.Typer(cls=CommandGroup)
-
-    @command.command()
-    def fail() -> None:
-        raise raised
-
-    @command.callback()
-    def group() -> None: ...
-
-    result = CliRunner().invoke(command, ["fail"])
-    if message is None:
-        assert result.exception is raised
-    else:
-        assert result.exit_code == 1 and result.stderr.startswith(f"Error: {message}")
-
-
-def test_a_limit_of_file_sizes_is_named_with_its_remedy(tile: Path, tmp_path: Path) -> None:
-    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        result = run("segment", csv, "-o", out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert result.exit_code == 1
-    said = f"Error: {out}/.*: File too large; raise the limit of file sizes \\(ulimit -f\\), or write to .*"
-    assert re.fullmatch(said, result.stderr.splitlines()[-1])
 
 
 def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(tile: Path, tmp_path: Path) -> None:
