@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hover_batch.errors import HoverBatchError, file_fault, machine_fault
+from hover_batch.errors import HoverBatchError, machine_fault
 from hover_batch.executor.interrupts import on_interrupt
 from hover_batch.logs import LogFormat, json_line
 
@@ -84,9 +84,9 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command of `ctx`. On an expected error, print its message to stderr and exit with its exit code.
 
-        It exits by raising typer.Exit. Expected are HoverBatchError, an OSError that names a file, what `machine_fault`
-        recognises, such as a full disk, and KeyboardInterrupt (exit code 130). Other exceptions propagate. While the
-        command runs, SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does.
+        It exits by raising typer.Exit. Expected are HoverBatchError, what `machine_fault` recognises, such as a full
+        disk, and KeyboardInterrupt (exit code 130). Other exceptions propagate. While the command runs, SIGTERM and
+        SIGHUP raise KeyboardInterrupt, as Ctrl-C does.
         """
         try:
             with on_interrupt():
@@ -94,11 +94,8 @@ class CommandGroup(TyperGroup):
         except HoverBatchError as error:
             _say(ctx, f"Error: {error}", error.exit_code)
             raise typer.Exit(error.exit_code) from error
-        except (OSError, MemoryError, RuntimeError) as error:
-            message = machine_fault(error)
-            if message is None and isinstance(error, OSError) and error.filename is not None:
-                message = file_fault(error)
-            if message is None:
+        except (OSError, ImportError, MemoryError, RuntimeError) as error:
+            if (message := machine_fault(error)) is None:
                 raise
             _say(ctx, f"Error: {message}", HoverBatchError.exit_code)
             raise typer.Exit(HoverBatchError.exit_code) from error

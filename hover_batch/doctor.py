@@ -29,6 +29,8 @@ from hover_batch.model.package import find_package, load_tensors
 GIB = 2**30
 LOW_MEMORY = 4 * GIB
 """Memory below which there is a warning: a network, a reader and a region in post-processing need it together."""
+LOW_ADDRESS_SPACE = 8 * GIB
+"""Limit of the address space (ulimit -v) below which there is a warning: the libraries alone map most of it."""
 LOW_DISK = 10 * GIB
 """Free space below which there is a warning: the prediction stores of one or two large slides fill it."""
 RAY_FULL = 0.95
@@ -239,6 +241,9 @@ def _memory() -> Finding:
         if line.startswith("MemAvailable:"):
             free = min(free, int(line.split()[1]) * 1024)
     found += f", {free / GIB:.1f} free"
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < LOW_ADDRESS_SPACE:
+        return _warned(f"{found}, but the address space is limited to {limit / GIB:.1f} GiB", "ulimit -v unlimited")
     if free < LOW_MEMORY:
         return _warned(found, f"free some, or give the process {LOW_MEMORY // GIB} GiB or more")
     if here.cpus < 2:

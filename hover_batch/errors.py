@@ -24,6 +24,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EFBIG, errno.ETIMEDOUT, errno.EREMOTEIO)
 """Error numbers of a disk or network file system that failed or refuses to write; `write` does not name the file."""
+LIBRARY = re.compile(r"\S+\.so[.\d]*: ")
+"""How the dynamic loader begins its message; ctypes raises it as an OSError without a number."""
 KILLED = re.compile("killed by signal|exited unexpectedly")
 """What torch says of a process that prepares batches and has died."""
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|MemoryError", re.IGNORECASE)
@@ -48,24 +50,29 @@ def file_fault(error: OSError) -> str:
     return f"{where}{error.strerror}; {remedy}"
 
 
-def machine_fault(error: OSError | MemoryError | RuntimeError) -> str | None:
-    """Return one line that says what this machine lacks, and what to do; None if the error is of another kind.
+def machine_fault(error: OSError | ImportError | MemoryError | RuntimeError) -> str | None:
+    """Return one line that says what is wrong with this machine or its files, and what to do; None for other errors.
 
-    It is memory of the machine or the GPU, a disk that is full, or storage that failed. `error`: error of the system,
-    NumPy or torch, also one from a process that prepares batches.
+    Recognised are an OSError that names a file, a full disk, storage that failed, a native library that does not load,
+    and memory of the machine or the GPU that runs out. `error`: error of the system, NumPy or torch, also one from a
+    process that prepares batches.
     """
     text = str(error)
+    doctor = "`hover-batch doctor` checks this machine and says what to do"
+    if getattr(error, "errno", None) is None and LIBRARY.match(text):
+        return f"a library does not load ({text}); {doctor}"
     if isinstance(error, OSError):
         if error.errno in DISK_FULL:
             return "no space left on disk; free some space and run the same command again"
-        return file_fault(error) if error.errno in STORAGE_FAILED else None
+        return None if error.filename is None and error.errno not in STORAGE_FAILED else file_fault(error)
     if "DataLoader worker" in text and KILLED.search(text):
         return (
             "a process that prepares batches was killed, usually because memory or shared memory ran out; free some, "
             "or give a smaller --batch, and a container --shm-size=2g; then run the same command again"
         )
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
-        return f"not enough memory ({text.splitlines()[0] if text else 'no details'}); give smaller batches or images"
+        reason = f" ({text.splitlines()[0]})" if text else ""
+        return f"not enough memory{reason}; give smaller batches or images; {doctor}"
     return None
 
 

@@ -236,12 +236,14 @@ def sweeping(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the name `path` to an OSError of the block that names no file: failed writes do not say where they failed."""
+    """Add the name `path` to an OSError of the block that names no file, as those of failed writes and of pyarrow."""
     try:
         yield
     except OSError as error:
         if error.errno and error.filename is None:
             error.filename = str(path)
+            if "[errno" in str(error.strerror):  # pyarrow's sentence, which has the name of a temporary file
+                error.strerror = os.strerror(error.errno)
         raise
 
 

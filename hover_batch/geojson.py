@@ -64,8 +64,12 @@ def _features(data: Any) -> Iterator[dict[str, Any]]:
     if isinstance(data, list):
         for item in data:
             yield from _features(item)
+    elif not isinstance(data, dict) or "type" not in data:
+        raise ValueError(f"{data!r:.60} is no object with a type")
     elif data["type"] == "FeatureCollection":
-        yield from _features(list(data["features"]))
+        if not isinstance(data.get("features"), list):
+            raise ValueError("a FeatureCollection without a list of features")
+        yield from _features(data["features"])
     elif data["type"] == "Feature":
         yield data | {"geometry": data["geometry"], "properties": data.get("properties") or {}}
     else:

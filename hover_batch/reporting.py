@@ -5,7 +5,8 @@ Only the crops need the slides themselves. The report of an unfinished run lists
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,8 +52,8 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     `output`: file to write; None for report.html in the run's folder. `notify`: function that is called with a line
     about each finished slide.
 
-    InputError if the folder holds no run, a file of the run is corrupted or cannot be read, or the report cannot be
-    written; OSError if the disk is full.
+    InputError if the folder holds no run, a file of the run is corrupted, or the report cannot be written; OSError if a
+    file of the run cannot be read or the disk is full.
     """
     status = read_status(folder)
     layout = status.layout
@@ -64,24 +65,33 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     title = f"Cohort {layout.root.name}"
     number_done = sum(row.state == "done" for row in rows)
     sums = _Sums()
-    try:
-        pages = Pages(path, number_done, title)
-        # A report outside the run's folder has no links to the slides' files.
-        to_run = pages.to_front if path.absolute().parent == layout.root else None
-        for index, row in enumerate(rows):
-            if row.state == "done":
-                notify(f"[{len(sums.done) + 1}/{number_done}] {row.slide_id}")
-                row_with_page = replace(row, page=pages.next_page)
-                reported = report_slide(layout.slide(row.slide_id), row_with_page, records[row.slide_id], to_run)
-                sums.add(row_with_page, reported.table, reported.measured)
+    pages = Pages(path, number_done, title)
+    # A report outside the run's folder has no links to the slides' files.
+    to_run = pages.to_front if path.absolute().parent == layout.root else None
+    for index, row in enumerate(rows):
+        if row.state == "done":
+            notify(f"[{len(sums.done) + 1}/{number_done}] {row.slide_id}")
+            row_with_page = replace(row, page=pages.next_page)
+            reported = report_slide(layout.slide(row.slide_id), row_with_page, records[row.slide_id], to_run)
+            sums.add(row_with_page, reported.table, reported.measured)
+            with _writing(path):
                 pages.add(reported.detail)
-                rows[index] = row_with_page
-        pages.close(_report(status, rows, sums, title))
+            rows[index] = row_with_page
+    report = _report(status, rows, sums, title)
+    with _writing(path):
+        pages.close(report)
+    return path
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Convert an OSError in the block, which writes the report at `path`, to an InputError unless the disk is full."""
+    try:
+        yield
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
         raise InputError(f"{path}: cannot be written ({error}); give another file with -o") from error
-    return path
 
 
 @dataclass

@@ -6,8 +6,6 @@ import csv as csv_module
 import errno
 import json
 import os
-import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -363,19 +361,6 @@ def test_a_full_disk_is_said_in_one_line_and_blames_no_slide(
     result = run("segment", csv, "-o", out)
     assert result.exit_code == 0, result.output
     assert table(out / "failures.csv") == []
-
-
-def test_a_limit_of_file_sizes_is_named_with_its_remedy(tile: Path, tmp_path: Path) -> None:
-    csv, out = cohort(tmp_path, "path,mpp\ntile.png,0.25\n"), tmp_path / "out"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        result = run("segment", csv, "-o", out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert result.exit_code == 1
-    said = f"Error: {out}/.*: File too large; raise the limit of file sizes \\(ulimit -f\\), or write to .*"
-    assert re.fullmatch(said, result.stderr.splitlines()[-1])
 
 
 def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(tile: Path, tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
-"""A machine that lacks memory or whose storage fails: one message, not a traceback."""
+"""Faults of the machine end a command with one message, not with a traceback."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import resource
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import typer
 from torch.utils.data import DataLoader, Dataset
 from typer.testing import CliRunner
 
+from hover_batch.cli import app
 from hover_batch.cli_errors import CommandGroup
 
 
@@ -49,3 +54,46 @@ def test_what_the_machine_lacks_is_said_in_one_line(lacking: Callable[[], object
     result = CliRunner().invoke(machine, ["use"])
     assert result.exit_code == 1 and result.stderr.startswith(f"Error: {message}"), result.output
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (ImportError("libX.so.1: cannot open shared object file"), "a library does not load (libX.so.1: cannot open"),
+        (OSError("/usr/lib/_raylet.so: failed to map segment"), "a library does not load (/usr/lib/_raylet.so: failed"),
+        (MemoryError(), "not enough memory; give smaller batches or images; `hover-batch doctor` checks"),
+        (ImportError("cannot import name 'x' from 'y'"), None),
+        (OSError("no number"), None),
+    ],
+)
+def test_a_library_that_does_not_load_ends_with_a_message(raised: Exception, message: str | None) -> None:
+    """As without libGL, or under a limit of the address space."""
+    command = typer.Typer(cls=CommandGroup)
+
+    @command.command()
+    def fail() -> None:
+        raise raised
+
+    @command.callback()
+    def group() -> None: ...
+
+    result = CliRunner().invoke(command, ["fail"])
+    if message is None:
+        assert result.exception is raised
+    else:
+        assert result.exit_code == 1 and result.stderr.startswith(f"Error: {message}")
+
+
+def test_a_limit_of_file_sizes_is_named_with_its_remedy(tmp_path: Path) -> None:
+    out, tile = tmp_path / "out", tmp_path / "tile.tif"
+    resolution = {"resolution": (40_000, 40_000), "resolutionunit": "CENTIMETER"}
+    tifffile.imwrite(tile, np.full((200, 300, 3), 245, np.uint8), photometric="rgb", **resolution)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        result = CliRunner().invoke(app, ["segment", str(tile), "-o", str(out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.exit_code == 1
+    said = f"Error: {out}/.*: File too large; raise the limit of file sizes \\(ulimit -f\\), or write to .*"
+    assert re.fullmatch(said, result.stderr.splitlines()[-1])

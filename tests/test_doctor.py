@@ -106,6 +106,10 @@ def _little_memory(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Node, "here", lambda: Node(4, 0, GIB))
 
 
+def _small_address_space(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(resource, "getrlimit", lambda _: (3 * GIB, 3 * GIB))
+
+
 def _small_shm(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(shutil, "disk_usage", lambda _: Disk(64 << 20, 0, 64 << 20))
 
@@ -156,6 +160,7 @@ def _no_starter(patch: pytest.MonkeyPatch) -> None:
         ("gpu", _old_driver, "FAIL", "driver on your system is too old", "CUDA 13.0"),
         ("memory", _one_core, "WARN", "cores: 1", "two cores"),
         ("memory", _little_memory, "WARN", "memory: 1.0 GiB", "4 GiB"),
+        ("memory", _small_address_space, "WARN", "address space is limited to 3.0 GiB", "ulimit -v unlimited"),
         ("/dev/shm", _small_shm, "WARN", "0.1 GiB free", "--shm-size"),
         ("open files", _few_files, "WARN", "256", "ulimit -n 8192"),
         (

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import InputError
-from hover_batch.files import replacing
+from hover_batch.files import naming, replacing
 from hover_batch.taxonomy import NucleusClass, Taxonomy
 from hover_batch.uncertainty import CountError
 
@@ -315,6 +315,6 @@ def _quantiles(paths: Sequence[Path], column: str, total: int) -> list[float]:
 def _batches(paths: Sequence[Path], column: str) -> Iterator[NDArray[Any]]:
     """Yield the values of one column of several tables, batch by batch."""
     for path in paths:
-        with pq.ParquetFile(path) as table:
+        with naming(path), pq.ParquetFile(path) as table:
             for batch in table.iter_batches(_BATCH, columns=[column]):
                 yield batch.column(0).to_numpy()

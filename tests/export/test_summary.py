@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.errors import file_fault
 from hover_batch.export import summary
 from hover_batch.export.summary import (
     MORPHOLOGY,
@@ -191,3 +192,11 @@ def test_quantiles_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, va
         pq.write_table(pa.table({"v": np.array(piece, np.float32) + np.float32(0)}), paths[-1])
     expected = np.quantile(np.array(values, np.float32), [0.25, 0.5, 0.75], method="inverted_cdf")
     assert summary._quantiles(paths, "v", len(values)) == expected.tolist()
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "nuclei.parquet").symlink_to("nuclei.parquet")
+    with pytest.raises(OSError) as caught:
+        cohort_summary([], [tmp_path / "nuclei.parquet"], CONSEP)
+    said = f"{tmp_path}/nuclei.parquet: Too many levels of symbolic links; check that it can be read and written"
+    assert file_fault(caught.value) == said

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -268,3 +270,21 @@ def test_what_cannot_be_is_refused(tmp_path: Path, field: Field) -> None:
         result, _ = report(*arguments)
         assert result.exit_code == 2, result.output
         assert message in " ".join(result.stderr.split()) and not result.stdout
+
+
+def test_a_file_of_the_run_that_cannot_be_read_is_named(
+    tmp_path: Path, field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = write_run(tmp_path / "out", *field, done=["a"])
+    layout.settings_toml.write_text("")
+    real = Path.read_text
+
+    def refuse(path: Path, *arguments: Any, **named: Any) -> str:
+        if path == layout.settings_toml:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    result, _ = report(layout)
+    assert result.exit_code == 1
+    assert f"Error: {layout.settings_toml}: Permission denied; check that it" in result.stderr

@@ -178,6 +178,20 @@ def zipped(files: dict[str, str]) -> bytes:
 
 
 @pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"images": [], "annotations": []}, r"\{'images': \[\], 'annotations': \[\]\} is no object with a type"),
+        (5, "5 is no object with a type"),
+        ({"type": "FeatureCollection", "features": None}, "a FeatureCollection without a list of features"),
+    ],
+)
+def test_json_of_other_programs_is_described(tmp_path: Path, content: object, reason: str) -> None:
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"not valid GeoJSON \({reason}\); give polygons as GeoJSON"):
+        check_mask(tmp_path / "coco.json")
+
+
+@pytest.mark.parametrize(
     "content",
     [
         TEXT.encode("utf-8-sig"),
