@@ -68,7 +68,7 @@ def next_work(work: SlideWork, reader: SlideReader | None) -> SlideWork:
         if not drawn.looks:
             work = _with_warning(
                 work,
-                f"--stop-at: {counted(len(clusters), 'cluster')} with tissue are too few for an estimate, so the whole "
+                f"--stop-at: {counted(len(clusters), 'cluster')} with tissue, too few for an estimate, so the whole "
                 "slide is processed",
             )
     _remove_corrupted(work)

@@ -71,7 +71,7 @@ def test_slides_end_at_the_precision_asked_for_and_are_completed_later(
     assert [s["slide_id"] for s in outcome.estimates] == ["even"]
     assert [s["slide_id"] for s in outcome.slides] == ["uneven", "small"]
     said = json.loads((out / "slides/small/slide.json").read_text())["warnings"]
-    assert "--stop-at: 4 clusters with tissue are too few for an estimate, so the whole slide is processed" in said
+    assert "--stop-at: 4 clusters with tissue, too few for an estimate, so the whole slide is processed" in said
     reference = tables(whole)
     assert tables(out) == {name: reference[name] for name in ("uneven", "small")}
     even = out / "slides" / "even"
