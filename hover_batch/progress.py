@@ -55,5 +55,5 @@ class ProgressCounter:
         text = f"{self.name} {self.done}/{self.total}"
         rate = self.rate
         if rate > 0 and self.done < self.total:
-            text += f", {rate:.1f}/s, {duration((self.total - self.done) / rate)} left"
+            text += f", {rate:.{1 if rate >= 0.1 else 3}f}/s, {duration((self.total - self.done) / rate)} left"
         return text

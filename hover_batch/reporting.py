@@ -5,6 +5,7 @@ Only the crops need the slides themselves. The report of an unfinished run lists
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -130,7 +131,7 @@ def _rows(status: RunStatus, records: Mapping[str, SlideRecord]) -> list[SlideRo
         if failure := failures.pop(record.row, None):
             row = replace(row, state="failed", note=_reason(failure.stage, failure.reason))
         elif begun := open_slides.get(record.slide_id):
-            row = replace(row, state="begun" if status.is_running is False else "under way", note=begun.line())
+            row = replace(row, state="begun" if status.is_running is False else "in progress", note=begun.line())
         elif "summary" in (stored := slide_if_done(slide) or {}):
             row = replace(
                 row,
@@ -162,7 +163,7 @@ def _report(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums, title: str
         summaries = [dict(row.summary) for row in sums.good]
         paths, taxonomy = [table.path for table in sums.tables], sums.tables[0].taxonomy
         cohort = cohort_summary(summaries, paths, taxonomy, status.log.model_busy)
-    counts = dict.fromkeys(("done", "estimated", "failed", "left out", "under way", "begun", "pending"), 0)
+    counts = dict.fromkeys(("done", "estimated", "failed", "left out", "in progress", "begun", "pending"), 0)
     for row in rows:
         counts[row.state] += 1
     for row in sums.done:
@@ -188,7 +189,7 @@ def _report(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums, title: str
         card=_card(layout, sums, run),
         settings=layout.settings_toml.read_text("utf-8", "replace") if layout.settings_toml.is_file() else None,
         versions=read_json(layout.versions_json),
-        run={"folder": layout.root, **run},
+        run={"folder": layout.root, **run, "command": shlex.join(["hover-batch", *map(str, run.get("command", ()))])},
     )
 
 
@@ -222,7 +223,7 @@ def _facts(status: RunStatus, cohort: Mapping[str, Any]) -> dict[str, str]:
     if log.tile_rate:
         facts["tiles per second"] = f"{log.tile_rate.per_s:.3g}"
     if log.model_busy is not None:
-        facts["of the time, networks busy"] = f"{log.model_busy:.0%}"
+        facts["of the time, the networks were busy"] = f"{log.model_busy:.0%}"
     return facts
 
 
@@ -237,7 +238,7 @@ def _missing(status: RunStatus, rows: Sequence[SlideRow], sums: _Sums) -> list[s
     missing = []
     if status.slides is None:
         missing.append("slides.csv is not written yet: the run has not listed its slides.")
-    waiting = sum(row.state in ("under way", "begun", "pending") for row in rows)
+    waiting = sum(row.state in ("in progress", "begun", "pending") for row in rows)
     if waiting:
         missing.append(
             f"The run is not finished: {len(sums.done):,} of {len(rows):,} slides are done, and only "

@@ -194,7 +194,7 @@ def run_segment(
             progress.warn(warning)
         if orphans := ledger.orphans(plan.cohort):
             progress.warn(
-                f"{output} holds {len(orphans)} finished slides that are not in this cohort ({listed(orphans)}); "
+                f"{output} holds results of {counted(len(orphans), 'slide')} not in this cohort ({listed(orphans)}); "
                 "they are kept, but slides.csv and the summary list only this cohort"
             )
         for fault in plan.cohort.faults:

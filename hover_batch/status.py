@@ -124,10 +124,10 @@ class RunStatus:
             )
         if rate := log.tile_rate:
             tiles = [slide.tiles_left for slide in self.open]
-            return _time_for(tiles, rate, "to predict the rest of the slides under way")
+            return _time_for(tiles, rate, "to predict the rest of the slides in progress")
         if rate := log.region_rate:
             regions = [slide.regions_left for slide in self.open]
-            return _time_for(regions, rate, "to post-process the rest of the slides under way")
+            return _time_for(regions, rate, "to post-process the rest of the slides in progress")
         return None
 
     def lines(self) -> list[str]:
@@ -152,7 +152,7 @@ class RunStatus:
         if self.slides is None:
             lines.append("slides: not known, since slides.csv is not written yet")
         else:
-            open_word = "begun" if self.is_running is False else "under way"
+            open_word = "begun" if self.is_running is False else "in progress"
             left_out = f"; {counted(self.left_out, 'row')} of the cohort left out" if self.left_out else ""
             estimated = f"{len(self.estimates):,} estimated, " if self.estimates else ""
             lines.append(

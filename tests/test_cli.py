@@ -9,11 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner, Result
@@ -22,7 +24,7 @@ from hover_batch.cli import app
 from hover_batch.config import SECTION_OF, Settings
 from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.card import Card
-from hover_batch.model.package import save_package
+from hover_batch.model.package import find_package, save_package
 from hover_batch.taxonomy import CONSEP
 
 
@@ -229,6 +231,14 @@ def test_units_hold_whole_tiles_of_the_model(tile: Path, tmp_path: Path) -> None
     result = run("segment", csv, "-o", tmp_path / "out", "--model", model, "--unit", "768")
     assert result.exit_code == 2 and "--unit 768: must be a multiple of 512" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_plan_refuses_a_model_whose_architecture_is_not_installed(tile: Path, tmp_path: Path) -> None:
+    card = replace(find_package("starter").card, name="elsewhere", architecture="elsewhere")
+    save_package(tmp_path / "elsewhere.safetensors", torch.nn.Conv2d(1, 1, 1), card)
+    csv = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    result = run("plan", csv, "--model", tmp_path / "elsewhere.safetensors")
+    assert result.exit_code == 2 and "install the Python package that contains it" in result.stderr
 
 
 def test_damaged_weights_stop_the_cohort_and_blame_no_slide(tile: Path, tmp_path: Path) -> None:
@@ -459,7 +469,7 @@ def test_finished_slides_that_are_not_in_the_cohort_are_told_of(tile: Path, tmp_
     both = cohort(tmp_path, "path,slide_id,mpp\ntile.png,a,0.25\ntile.png,b,0.25\n")
     assert run("segment", both, "-o", out, "--unit", "256").exit_code == 0
     result = run("segment", cohort(tmp_path, "path,slide_id,mpp\ntile.png,b,0.25\n"), "-o", out, "--unit", "256")
-    assert result.exit_code == 0 and "holds 1 finished slides that are not in this cohort (a)" in result.stderr
+    assert result.exit_code == 0 and "holds results of 1 slide not in this cohort (a)" in result.stderr
     assert (out / "slides" / "a" / "slide.json").is_file()
 
 

@@ -304,7 +304,7 @@ def test_where_nothing_is_predicted_the_rate_is_of_regions(tmp_path: Path) -> No
         told = status(out)
         assert told["tiles_per_s"] is None and told["regions_per_s"] == pytest.approx(0.1)
         assert told["seconds_left"] == pytest.approx(60)
-        assert "time left: about 60 s to post-process the rest of the slides under way" in lines(out)
+        assert "time left: about 60 s to post-process the rest of the slides in progress" in lines(out)
 
 
 def test_a_full_disk_and_what_was_tried_again_are_told(tmp_path: Path) -> None:

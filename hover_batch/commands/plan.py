@@ -80,6 +80,7 @@ def plan(
     from hover_batch.bucket import BucketFolder
     from hover_batch.cohort.manifest import read_cohort
     from hover_batch.executor.resources import resource_lines
+    from hover_batch.model.architectures import check_installed
     from hover_batch.model.package import find_package
     from hover_batch.plan import check_settings, plan_cohort
 
@@ -87,6 +88,7 @@ def plan(
         BucketFolder(output).check_writable()
         typer.echo(f"output: {output} can be written")
     package = find_package(settings.model)
+    check_installed(package.card.architecture)
     check_settings(settings, package.card)
     planned = plan_cohort(read_cohort(cohort), package.card)
     if not skip_invalid:

@@ -11,7 +11,7 @@ from hover_batch.report.charts import Histogram, Strip
 from hover_batch.report.pictures import Heatmap
 from hover_batch.taxonomy import NucleusClass
 
-State = Literal["done", "estimated", "failed", "left out", "under way", "begun", "pending"]
+State = Literal["done", "estimated", "failed", "left out", "in progress", "begun", "pending"]
 
 
 @dataclass(frozen=True)

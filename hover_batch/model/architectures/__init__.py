@@ -33,8 +33,16 @@ def architecture(name: str) -> Architecture:
     for found in _held_by(module) if module else ():
         if found.name == name:
             return found
-    known = ", ".join(found.name for found in architectures())
-    raise PackageError(f"architecture {name[:100]!a} is not known; known are {known}")
+    raise _unknown(name)
+
+
+def check_installed(name: str) -> None:
+    """Check that the file of the architecture `name` is installed, without importing it.
+
+    PackageError if it is not.
+    """
+    if _module_of(name) is None:
+        raise _unknown(name)
 
 
 def architectures() -> list[Architecture]:
@@ -62,6 +70,14 @@ def _modules() -> dict[str, str]:
 
 def _module_of(name: str) -> str | None:
     return next((module for start, module in _modules().items() if f"{name}-".startswith(f"{start}-")), None)
+
+
+def _unknown(name: str) -> PackageError:
+    known = ", ".join(found.name for found in architectures())
+    return PackageError(
+        f"architecture {name[:100]!a} is not known; install the Python package that contains it "
+        f"(docs/architectures.md), or use a model of another architecture; known are {known}"
+    )
 
 
 def _held_by(module: str) -> tuple[Architecture, ...]:
