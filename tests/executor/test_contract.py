@@ -17,6 +17,7 @@ import pytest
 from accelerators import LoadQuick, load_nothing
 from cohort_runs import SETTINGS, Run, file_system, runner
 from PIL import Image
+from random_weights import random_mask_rcnn
 
 from hover_batch.cohort.events import stream_events
 from hover_batch.config import EngineSettings, OutputSettings, TissueSettings
@@ -24,6 +25,7 @@ from hover_batch.errors import PackageError, TooManyFailures
 from hover_batch.executor import disk_space
 from hover_batch.executor.disk_space import DiskSpace
 from hover_batch.executor.run_recorder import RunRecorder
+from hover_batch.model.package import save_package
 
 Fields = Callable[..., Path]
 
@@ -56,6 +58,20 @@ def test_a_real_tile_gives_the_same_bytes(
     runner("local", monkeypatch)(cohort, tmp_path / "reference")
     assert tables(tmp_path / "out") == tables(tmp_path / "reference")
     assert pq.read_metadata(tmp_path / "out" / "slides" / "field" / "nuclei.parquet").num_rows > 20
+
+
+@pytest.mark.slow
+def test_nuclei_that_tiles_cut_give_the_same_bytes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of Mask R-CNN depend on where tiles lie, but not on which process computes a unit."""
+    save_package(tmp_path / "random.safetensors", *random_mask_rcnn())
+    noise = np.random.default_rng(0).integers(60, 220, (200, 500, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    (tmp_path / "cohort.csv").write_text("path,mpp\nnoise.png,0.25\n")
+    settings = replace(SETTINGS, model=str(tmp_path / "random.safetensors"))
+    outcome = run(tmp_path / "cohort.csv", tmp_path / "out", settings=settings)
+    assert outcome.exit_code == 0 and outcome.slides[0]["nuclei"] > 20
+    runner("local", monkeypatch)(tmp_path / "cohort.csv", tmp_path / "reference", settings=settings)
+    assert tables(tmp_path / "out") == tables(tmp_path / "reference")
 
 
 def test_a_cohort_ends_whole(fields: Fields, run: Run, reference: dict[str, bytes], tmp_path: Path) -> None:

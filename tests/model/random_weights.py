@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from hover_batch.model.architectures.mask_rcnn import MaskRcnn
+from hover_batch.model.architectures.unet import StudentArch
+from hover_batch.model.card import Card
+from hover_batch.model.package import find_package
 
 
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -50,3 +56,24 @@ def named_weights(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
             values = 0.4 * values - 0.2
         drawn[name] = torch.from_numpy(np.asarray(values)).to(tensor.dtype)
     return drawn
+
+
+def random_mask_rcnn() -> tuple[MaskRcnn, Card]:
+    """Return a Mask R-CNN that takes every proposal for a nucleus, most of which fill their boxes, and its card."""
+    card = replace(
+        find_package("starter").card,
+        name="random",
+        architecture="mask-rcnn",
+        system="mask-rcnn",
+        encoder="mit_b0",
+        sobel={},
+        seam_exact=False,
+        tile_in=192,
+        tile_out=128,
+    )
+    torch.manual_seed(0)
+    network = MaskRcnn(StudentArch(card.encoder, len(card.taxonomy.classes)), width=8)
+    with torch.no_grad():
+        network.roi_heads.box_predictor.cls_score.bias[1:3] += 3
+        network.roi_heads.mask_predictor.mask_fcn_logits.bias += 1
+    return network.eval().requires_grad_(False), card

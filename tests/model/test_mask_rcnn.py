@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from random_weights import random_mask_rcnn
 from typer.testing import CliRunner
 
 from hover_batch.cli import app
@@ -17,7 +18,6 @@ from hover_batch.commands.models import describe
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.architectures.mask_rcnn import MaskRcnn, merged
-from hover_batch.model.architectures.unet import StudentArch
 from hover_batch.model.card import Card
 from hover_batch.model.cost import cost_of
 from hover_batch.model.heads import MapLayout
@@ -28,30 +28,18 @@ from hover_batch.nuclei.systems import splitter
 
 
 @pytest.fixture(scope="module")
-def card() -> Card:
-    starter = find_package("starter").card
-    return replace(
-        starter,
-        name="random",
-        architecture="mask-rcnn",
-        system="mask-rcnn",
-        encoder="mit_b0",
-        sobel={},
-        seam_exact=False,
-        tile_in=192,
-        tile_out=128,
-    )
+def made() -> tuple[MaskRcnn, Card]:
+    return random_mask_rcnn()
 
 
-@pytest.fixture(scope="module")
-def network(card: Card) -> MaskRcnn:
-    """A network that takes every proposal for a nucleus, most of which fill their boxes."""
-    torch.manual_seed(0)
-    network = MaskRcnn(StudentArch(card.encoder, len(card.taxonomy.classes)), width=8)
-    with torch.no_grad():
-        network.roi_heads.box_predictor.cls_score.bias[1:3] += 3
-        network.roi_heads.mask_predictor.mask_fcn_logits.bias += 1
-    return network.eval().requires_grad_(False)
+@pytest.fixture
+def network(made: tuple[MaskRcnn, Card]) -> MaskRcnn:
+    return made[0]
+
+
+@pytest.fixture
+def card(made: tuple[MaskRcnn, Card]) -> Card:
+    return made[1]
 
 
 def test_nuclei_are_merged_by_score_and_stored_with_their_centres() -> None:
