@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer.testing
+from hypothesis import settings
 
 from hover_batch.executor.cluster import prepare_own_cluster
 
@@ -30,6 +31,10 @@ os.environ["HOVER_BATCH_CACHE"] = "/dev/null/cache"
 
 # typer's runner would make all commands anew for each call, which takes longer than most calls.
 typer.testing._get_command = functools.lru_cache(typer.testing._get_command)
+
+# How long an example takes depends on the machine and on what else runs on it.
+settings.register_profile("hover-batch", deadline=None)
+settings.load_profile("hover-batch")
 
 # Ray keeps the environment at its import, and some tests import it without starting a cluster.
 prepare_own_cluster()

@@ -156,7 +156,7 @@ def test_the_content_is_on_disk_before_its_name_and_the_name_before_the_return(
     assert steps == ["fsync", "replace", "fsync", "fsync", "link", "fsync"]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(2, 8))
 def test_the_first_writer_wins(tmp_path_factory: pytest.TempPathFactory, writers: int) -> None:
     path = tmp_path_factory.mktemp("first") / "a.json"

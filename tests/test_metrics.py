@@ -160,7 +160,7 @@ small_maps = arrays(np.uint16, (6, 7), elements=st.sampled_from([0, 0, 1, 2, 5])
 
 
 @given(small_maps, small_maps)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_small_maps_agree_with_the_definitions(true, pred):
     if not true.any() and not pred.any():
         assert math.isnan(panoptic_quality(true, pred).pq)
@@ -250,7 +250,7 @@ points = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=0,
 
 
 @given(points, points, st.sampled_from([1.0, 3.0, 5.0]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_matching_is_optimal(true, pred, radius):
     true_xy, pred_xy = np.array(true, float).reshape(-1, 2), np.array(pred, float).reshape(-1, 2)
     pairs = match_centroids(true_xy, pred_xy, radius)

@@ -148,7 +148,7 @@ def test_one_file_under_two_ids_is_warned_of(slides: Path) -> None:
 CELL = st.text(st.sampled_from(list('ab ,"\n\r\t;é')), max_size=8)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(CELL, st.sampled_from(["", "\n", "\r\n", ",\r\n\n"])), min_size=1, max_size=6))
 @example([("line one\nline two\r\nline three", ""), ("", "")])
 def test_rows_are_lines_of_the_file(slides: Path, cells: list[tuple[str, str]]) -> None:
@@ -293,7 +293,7 @@ def test_no_such_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source:
         read_cohort(source)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=80) | st.text(max_size=60).map(lambda rest: f"path,slide_id,mpp\n{rest}".encode()))
 def test_whatever_the_file_holds_the_answer_is_a_cohort_or_an_input_error(tmp_path: Path, content: bytes) -> None:
     try:

@@ -40,7 +40,7 @@ def silent(line: str) -> None:
 
 
 def searched(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return settings(max_examples=examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.faults

@@ -51,7 +51,7 @@ def polygons(of: NucleiTable) -> NDArray[np.object_]:
     return np.concatenate([of.polygons(batch) for batch in of.batches()])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 4), st.integers(1, 70))
 def test_matches_are_those_of_all_pairs(seed: int, other: int, jitter: int, batch: int) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:

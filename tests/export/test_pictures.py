@@ -109,7 +109,7 @@ def test_thumbnail_outline(tmp_path: Path) -> None:
     assert (view.image == 250).all()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     points=st.lists(st.tuples(st.floats(0, 310), st.floats(0, 215)), min_size=1, max_size=40),
     side=st.integers(8, 400),

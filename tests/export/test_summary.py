@@ -178,7 +178,7 @@ def test_a_cohort_in_which_all_failed(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "s.parquet")["tissue_mm2"].to_pylist() == [None, None]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     values=st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=60),
     batch=st.integers(1, 20),

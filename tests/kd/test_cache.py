@@ -52,7 +52,7 @@ def assert_same(a: Sample, b: Sample) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled_from("12"), st.booleans()), max_size=6)
 )

@@ -161,7 +161,7 @@ def test_a_batch_without_annotations_has_no_terms_and_a_loss_of_zero():
 
 
 @pytest.mark.parametrize("preset", ["paper", "released", "quick"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**16), share=st.floats(0.05, 0.95))
 def test_masked_pixels_change_no_gradient(preset, seed, share):
     """What is drawn under the masks, in targets or in the network's own output, changes no other pixel's gradient, and

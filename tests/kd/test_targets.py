@@ -47,7 +47,7 @@ def test_real_tiles_with_touching_and_cut_nuclei(tile, data: Path):
 
 
 @given(arrays(np.int32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.sampled_from([0, 1, 2, 9])))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_map_agrees(instances):
     np.testing.assert_allclose(hv_targets(instances), slow_targets(instances), atol=1e-6)
 

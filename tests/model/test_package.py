@@ -150,7 +150,7 @@ ODD = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from(list(_paths(CARD_JSON))), odd=ODD, remove=st.booleans())
 def test_an_odd_card_is_refused_or_read_as_written(tmp_path: Path, path: Any, odd: Any, remove: bool) -> None:
     held = copy.deepcopy(CARD_JSON)

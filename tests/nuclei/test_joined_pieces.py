@@ -52,7 +52,7 @@ def assert_same_nuclei(found: np.ndarray, nuclei: np.ndarray) -> None:
     assert pairs.shape[1] == len(np.unique(found)) == len(np.unique(nuclei))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
     tile=st.integers(20, 200),

@@ -27,7 +27,7 @@ def sobel(plane: NDArray[np.uint8], dx: int, dy: int) -> NDArray[np.float64]:
     return np.asarray(cv2.Sobel(plane.view(np.int8).astype(np.int16), cv2.CV_64F, dx, dy, ksize=21))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), shape=SIDES, largest=st.sampled_from([1, 127]))
 def test_sobel_rows_equal_opencv(seed: int, shape: tuple[int, int], largest: int) -> None:
     rng = np.random.default_rng(seed)
@@ -53,7 +53,7 @@ def test_the_steepest_maps_do_not_overflow() -> None:
     np.testing.assert_array_equal(sobel_extremes(h, v), [x.min(), x.max(), y.min(), y.max()])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 10**6), shape=SIDES, share=st.sampled_from([0.0, 0.3, 0.6, 0.95, 1.0]))
 def test_components_are_those_of_opencv(seed: int, shape: tuple[int, int], share: float) -> None:
     foreground = (np.random.default_rng(seed).random(shape) < share).astype(np.uint8)
@@ -65,7 +65,7 @@ def test_components_are_those_of_opencv(seed: int, shape: tuple[int, int], share
     np.testing.assert_array_equal(np.hstack([found.bounds[1:, :2], sides]), stats[1:, :4])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 10**6), shape=SIDES, values=st.sampled_from([2, 5, 50, 2**24]))
 @example(seed=1, shape=(1, 26), values=2)
 def test_flooding_equals_scikit_image(seed: int, shape: tuple[int, int], values: int) -> None:
@@ -91,7 +91,7 @@ def test_flooding_equals_scikit_image(seed: int, shape: tuple[int, int], values:
         np.testing.assert_array_equal(found, watershed(landscape, own_markers, mask=mask)[crop])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))).filter(np.any))
 def test_a_followed_border_equals_the_repaired_one(mask: NDArray[np.bool_]) -> None:
     y, x = np.nonzero(mask)

@@ -24,7 +24,7 @@ def masked(canvas: Canvas, unit: int) -> Canvas:
     return Canvas(maps)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     size=st.tuples(st.integers(40, 260), st.integers(40, 260)),

@@ -84,7 +84,7 @@ def test_types_and_outlines_equal_tiatoolbox(noisy_tiles, constants: SobelConsta
     assert compared > 1000
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))).filter(np.any))
 def test_outlines_of_any_pixels_are_valid(mask: NDArray[np.bool_]) -> None:
     ring = one(mask).contours[0]

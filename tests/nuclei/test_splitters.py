@@ -46,7 +46,7 @@ def to_centres(seed: int, width: int, height: int) -> np.ndarray:
     return np.moveaxis(points[nearest] - pixels, 2, 0).clip(-128, 127).astype(np.int8).view(np.uint8)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
     core=st.integers(32, 200),
@@ -67,7 +67,7 @@ def test_any_tiling_equals_the_whole(seed: int, core: int, halo: int, offset: in
     assert_same(tiled, nuclei_of_region(canvas.read, canvas.box, LAYOUT, post, system))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), dynamic=st.integers(1, 9))
 def test_maxima_are_those_of_morphological_reconstruction(seed: int, dynamic: int) -> None:
     rng = np.random.default_rng(seed)

@@ -46,7 +46,7 @@ def assert_same(a: Nuclei, b: Nuclei) -> None:
         assert ring.tobytes() == other.tobytes()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     size=st.tuples(st.integers(40, 260), st.integers(40, 260)),
@@ -65,7 +65,7 @@ def test_any_tiling_equals_the_whole(
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
     size=st.tuples(st.integers(600, 2200), st.integers(600, 2200)),

@@ -161,7 +161,7 @@ def test_geopandas_reads_a_field_by_bbox(tmp_path: Path, nuclei: SimpleNamespace
     assert len(inside) == ((x0 <= 100) & (x1 >= 50) & (y0 <= 100) & (y1 >= 50)).sum()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cuts_y=st.sets(st.integers(1, 199), max_size=4),
     cuts_x=st.lists(st.sets(st.integers(1, 199), max_size=3), min_size=5, max_size=5),

@@ -93,7 +93,7 @@ def test_a_class_in_few_clusters_has_no_interval() -> None:
     assert sample.density(counts).high is not None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(clusters=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1))
 def test_samples_grow_and_every_stratum_has_its_share(clusters: int, seed: int) -> None:
     rng = np.random.default_rng(clusters)
@@ -109,7 +109,7 @@ def test_samples_grow_and_every_stratum_has_its_share(clusters: int, seed: int) 
         before = set(sample.tolist())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     width=st.integers(300, 5000),
     height=st.integers(300, 5000),

@@ -110,7 +110,7 @@ def wholes(synthetic: Path) -> dict[float, tuple[Grid, NDArray[np.uint8]]]:
     return found
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_box_is_a_window_of_the_whole(
     synthetic: Path, wholes: dict[float, tuple[Grid, NDArray[np.uint8]]], data: st.DataObject

@@ -20,7 +20,7 @@ def laid(array: np.ndarray[Any, np.dtype[np.bool_]], level0: Size) -> TissueMask
     return TissueMask(array, (level0.width / array.shape[1], level0.height / array.shape[0]))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.sampled_from([False, False, True])),
     st.integers(1, 3000),

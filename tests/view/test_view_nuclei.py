@@ -77,7 +77,7 @@ def unpacked(content: bytes, step: float) -> list[Nucleus]:
     return [Nucleus(int(ids[i]), int(types[i]), corners[i].astype(np.float64) + rings[i] * step) for i in range(n)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 700),
     st.integers(1, 700),
