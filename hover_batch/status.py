@@ -181,7 +181,7 @@ class RunStatus:
             lines.append(f"time left: about {duration(seconds)} {basis}")
         if self.log.model_busy is not None:
             when = "" if self.log.finished else ", in an earlier start"
-            lines.append(f"model busy: {self.log.model_busy:.0%} of the time{when}")
+            lines.append(f"networks busy: {self.log.model_busy:.0%} of the time{when}")
         if self.failures:
             lines.append("failures since the last start:")
             for failure in self.failures[:LISTED]:

@@ -263,7 +263,7 @@ def test_failures_are_those_of_the_last_start_and_ten_are_named(tmp_path: Path) 
     text = lines(out)
     assert text[-1] == f"  … and 3 more in {out / 'logs' / 'events.jsonl'}"
     assert text[-2] == "  s8 (open): two lines"
-    assert "model busy: 50% of the time, in an earlier start" in text
+    assert "networks busy: 50% of the time, in an earlier start" in text
 
 
 def held(out: Path) -> Any:

@@ -124,8 +124,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise PackageError(
-            f"{path}: holds more than tensors, which is not unpickled for safety; if you trust the file, save only its "
-            "state dict: torch.save(state_dict, path)"
+            f"{path}: is corrupted, or holds more than tensors, which is not unpickled for safety; download it again, "
+            "or if you trust the file, save only its state dict: torch.save(state_dict, path)"
         ) from error
     except _DAMAGED as error:
         raise PackageError(f"{path}: not a torch checkpoint, or a corrupted one; download it again") from error
