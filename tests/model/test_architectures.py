@@ -78,7 +78,7 @@ def test_outputs_are_those_of_the_released_code(name: str) -> None:
     torch.testing.assert_close(output.mean((1, 2)), torch.tensor(mean), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("encoder", ["ViT-256", "SAM-B"])
+@pytest.mark.parametrize("encoder", ["ViT-256", pytest.param("SAM-B", marks=pytest.mark.slow)])
 def test_openvino_gives_the_outputs_of_a_cellvit(encoder: str) -> None:
     """It is the default runtime on a CPU. The run of a NuLite below uses it, too."""
     tensors = weights(f"cellvit {encoder}")
