@@ -149,7 +149,7 @@ def _harmed_weights(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_starter(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(package, "STARTER", Path("/nowhere.safetensors"))
+    patch.setattr(package, "ASSETS", Path("/nowhere"))
 
 
 @pytest.mark.parametrize(

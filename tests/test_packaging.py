@@ -48,6 +48,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(dist: Path) -> None:
         scripts = wheel.read(f"{NAME}.dist-info/entry_points.txt").decode()
     assert {name for name in names if ".dist-info/" not in name} == sources()
     assert f"{NAME}.dist-info/licenses/hover_batch/assets/LICENSE-starter.md" in names
+    assert f"{NAME}.dist-info/licenses/hover_batch/assets/LICENSE-starter-open.md" in names
     assert "hover-batch = hover_batch.__main__:main" in scripts
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert metadata["Requires-Python"] == ">=3.11"

@@ -17,6 +17,7 @@ import typer
 from hover_batch.errors import InputError, PackageError
 from hover_batch.files import replacing, sha256_file
 from hover_batch.model.cache import (
+    INSTALLED,
     cached_downloads,
     cached_package,
     cached_packages,
@@ -36,7 +37,7 @@ PackageArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="`starter`, a name that `models list` shows, a .safetensors file, or a folder that holds one.",
+        help="`starter`, `starter-open`, a name that `models list` shows, a .safetensors file, or a folder that holds one.",
     ),
 ]
 
@@ -225,13 +226,13 @@ def list_packages(
 ) -> None:
     """List the packages on this machine, and the published models that can be imported.
 
-    The packages are the starter, those in the cache, and those in FOLDER. The cost of a published model is its number
+    The packages are the two starters, those in the cache, and those in FOLDER. The cost of a published model is its number
     of multiply-accumulates (MACs) per kept pixel of a slide. MACs on the margins of tiles are included.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")
     cached = [path.stem for path in cached_packages()]
-    for name in ("starter", *cached, *map(str, sorted(folder.glob("*.safetensors")))):
+    for name in (*INSTALLED, *cached, *map(str, sorted(folder.glob("*.safetensors")))):
         try:
             package = find_package(name)
         except PackageError:  # a .safetensors file of another program
@@ -268,7 +269,7 @@ def show_package(
 def verify_packages(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Packages to check.", show_default="the starter and the whole cache"),
+        typer.Argument(metavar="[MODEL]...", help="Packages to check.", show_default="the starters and the whole cache"),
     ] = None,
 ) -> None:
     """Verify the checksums of packages and downloads.
@@ -280,7 +281,7 @@ def verify_packages(
     """
     checks: list[tuple[str, Callable[[], object]]] = [
         (name, functools.partial(_check_weights, name))
-        for name in models or ["starter", *(path.stem for path in cached_packages())]
+        for name in models or [*INSTALLED, *(path.stem for path in cached_packages())]
     ]
     if not models:
         checks += [(str(path), functools.partial(check_download, path)) for path in cached_downloads()]

@@ -23,6 +23,8 @@ from hover_batch.errors import DISK_FULL, PackageError
 from hover_batch.files import sha256_file, write_atomically
 
 VARIABLE = "HOVER_BATCH_CACHE"
+INSTALLED = ("starter", "starter-open")
+"""Names of the packages that are installed with hover-batch; no package in the cache has such a name."""
 
 
 def cache_folder() -> Path:
@@ -40,10 +42,10 @@ def is_package_name(text: str) -> bool:
     """True if `text` can be the name of a package in the cache.
 
     A name consists of ASCII letters, digits and the characters . _ + -, and begins with a letter or digit. False for
-    `starter`, which is reserved for the package that is installed with hover-batch. True for a file name such as
-    model.safetensors, so `find_package` gives existing files precedence.
+    the names in `INSTALLED`. True for a file name such as model.safetensors, so `find_package` gives existing files
+    precedence.
     """
-    return text != "starter" and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", text) is not None
+    return text not in INSTALLED and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", text) is not None
 
 
 def cached_package(name: str) -> Path:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hover_batch.errors import PackageError
 from hover_batch.files import write_atomically
 from hover_batch.model.architectures import architecture
-from hover_batch.model.cache import cached_package, is_package_name
+from hover_batch.model.cache import INSTALLED, cached_package, is_package_name
 from hover_batch.model.card import Card
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 CARD_KEY = "hover_batch"
-STARTER = Path(__file__).parent.parent / "assets" / "starter.safetensors"
+ASSETS = Path(__file__).parent.parent / "assets"
+STARTER = ASSETS / "starter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Package:
 def find_package(name_or_path: str, option: str = "--model") -> Package:
     """Find the package `name_or_path` and read its card. The weights are not loaded.
 
-    `name_or_path`: `starter`, the path of a .safetensors file or of a folder with one such file, or the name of a
+    `name_or_path`: `starter`, `starter-open`, the path of a .safetensors file or of a folder with one such file, or the name of a
     package in the cache. An existing path takes precedence over a name in the cache. `option`: option or argument by
     which the user named it, for messages.
 
     PackageError if there is no such package, it cannot be read, or it has no valid card.
     """
-    path = STARTER if name_or_path == "starter" else Path(name_or_path)
+    path = ASSETS / f"{name_or_path}.safetensors" if name_or_path in INSTALLED else Path(name_or_path)
     try:
         if is_package_name(name_or_path) and not path.exists():
             path = cached_package(name_or_path)
@@ -64,7 +65,7 @@ def _read(path: Path, named: str, option: str) -> Package:
         path = found[0]
     if not path.is_file():
         raise PackageError(
-            f"{option} {named}: no such package; give `starter`, the path of a .safetensors file, or a name that "
+            f"{option} {named}: no such package; give `starter`, `starter-open`, the path of a .safetensors file, or a name that "
             "`hover-batch models list` shows (`models import NAME` downloads published ones)"
         )
     from safetensors import SafetensorError, safe_open
