@@ -1,7 +1,8 @@
-"""Settings of a run, in frozen sections that are checked when they are made; errors name the command's option.
+"""Settings of a run, in frozen sections that are checked when they are made; errors name the option, or the setting.
 
 Each step takes its own section. The fields that change results are part of the run key (`results_key`).
-A setting is declared here and as an option of a command: its choices, default, section and type are read from here.
+A setting is declared here and, unless only a file or the environment sets it, as an option of a command: its choices,
+default, section and type are read from here.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ MAX_SIDE = 16_384
 """Limit in inference pixels of the side of what is held in memory at once; all planes of such a square are a few GB."""
 
 
-def _check(ok: bool, flag: str, value: object, rule: str) -> None:
+def _check(ok: bool, name: str, value: object, rule: str) -> None:
     if not ok:
-        raise InputError(f"--{flag} {value}: {rule}")
+        raise InputError(f"{name} {value}: {rule}")
 
 
 def _typed(name: str, value: object, kind: type) -> Any:
@@ -60,7 +61,7 @@ class Section:
             if get_origin(kind) is Literal:
                 *others, last = get_args(kind)
                 value = getattr(self, name)
-                _check(value in (*others, last), name.replace("_", "-"), value, f"{', '.join(others)} or {last}")
+                _check(value in (*others, last), f"--{name.replace('_', '-')}", value, f"{', '.join(others)} or {last}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,8 @@ class TissueSettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(1 <= self.mask_mpp <= 64, "mask-mpp", self.mask_mpp, "between 1 and 64 µm")
-        _check(0 <= self.min_tissue_um2 < float("inf"), "min-tissue-um2", self.min_tissue_um2, "0 or more")
+        _check(1 <= self.mask_mpp <= 64, "--mask-mpp", self.mask_mpp, "between 1 and 64 µm")
+        _check(0 <= self.min_tissue_um2 < float("inf"), "--min-tissue-um2", self.min_tissue_um2, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +105,10 @@ class InferSettings(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         fits = 256 <= self.unit <= MAX_SIDE and self.unit % 256 == 0
-        _check(fits, "unit", self.unit, f"a multiple of 256 up to {MAX_SIDE}")
+        _check(fits, "--unit", self.unit, f"a multiple of 256 up to {MAX_SIDE}")
         fits = self.batch == AUTO_BATCH or 1 <= self.batch <= 1024
-        _check(fits, "batch", self.batch, "auto, or between 1 and 1024")
-        _check(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
+        _check(fits, "--batch", self.batch, "auto, or between 1 and 1024")
+        _check(0 <= self.threads <= 1024, "--threads", self.threads, "between 0 and 1024")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +129,10 @@ class PostSettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(0 <= self.halo <= 4096, "halo", self.halo, "between 0 and 4096")
-        _check(0 <= self.min_area_px <= 10_000, "min-area-px", self.min_area_px, "between 0 and 10000")
+        _check(0 <= self.halo <= 4096, "--halo", self.halo, "between 0 and 4096")
+        _check(0 <= self.min_area_px <= 10_000, "--min-area-px", self.min_area_px, "between 0 and 10000")
         fits = 256 <= self.max_component <= MAX_SIDE
-        _check(fits, "max-component", self.max_component, f"between 256 and {MAX_SIDE}")
+        _check(fits, "post.max_component", self.max_component, f"between 256 and {MAX_SIDE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +149,10 @@ class SampleSettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(0 <= self.stop_at < 1, "stop-at", self.stop_at, "a share below 1, such as 5% or 0.05; 0 = whole slides")
-        _check(64 <= self.cluster <= MAX_SIDE, "cluster", self.cluster, f"between 64 and {MAX_SIDE}")
+        _check(
+            0 <= self.stop_at < 1, "--stop-at", self.stop_at, "a share below 1, such as 5% or 0.05; 0 = whole slides"
+        )
+        _check(64 <= self.cluster <= MAX_SIDE, "sample.cluster", self.cluster, f"between 64 and {MAX_SIDE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +183,9 @@ class EngineSettings(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(0 <= self.cpus <= MAX_WORKERS, "cpus", self.cpus, "0 (all) or a number of cores")
-        _check(-1 <= self.gpus <= MAX_WORKERS, "gpus", self.gpus, "a number of GPUs, or -1 for all")
-        _check(self.max_failures >= -1, "max-failures", self.max_failures, "a number of slides, or -1 for never")
+        _check(0 <= self.cpus <= MAX_WORKERS, "--cpus", self.cpus, "0 (all) or a number of cores")
+        _check(-1 <= self.gpus <= MAX_WORKERS, "--gpus", self.gpus, "a number of GPUs, or -1 for all")
+        _check(self.max_failures >= -1, "--max-failures", self.max_failures, "a number of slides, or -1 for never")
         if self.address and self.backend == "local":
             raise InputError(f"--address {self.address}: only --backend ray joins a cluster")
 
@@ -245,6 +248,9 @@ class Settings:
         The keys are `tissue`, `infer` and `post`; each section is a dictionary of values by name. The model is not
         included, since its hash is another part of the run key. `threads` and an empty class map are left out, too. A
         device is named without its number.
+
+        A new field of these sections changes the run key, so that runs of earlier versions cannot be resumed, unless it
+        is left out here at its default.
         """
         infer = asdict(self.infer)
         infer["device"] = self.infer.device.split(":")[0]  # all GPUs of a node give the same results

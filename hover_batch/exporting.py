@@ -19,6 +19,7 @@ from hover_batch.slide.fingerprint import fingerprint
 from hover_batch.slide.survey import read_info
 
 Write = Callable[[NucleiTable, Path], None]
+"""Writer of a format: it replaces the file or folder at the path atomically (`files.replacing`)."""
 Notify = Callable[[str], None]
 
 
@@ -63,7 +64,7 @@ def export_run(
     for number, record in enumerate(slides, start=1):
         label = f"[{number}/{len(slides)}] {record.slide_id}"
         try:
-            for line in _exported(record, layout.slide(record.slide_id), writers, output, files):
+            for line in _export_slide(record, layout.slide(record.slide_id), writers, output, files):
                 notify(f"{label}: {line}")
         except SlideError as error:
             skipped[record.slide_id] = str(error)
@@ -71,7 +72,7 @@ def export_run(
     return Exported(tuple(files), skipped)
 
 
-def _exported(
+def _export_slide(
     record: SlideRecord,
     slide: SlideLayout,
     writers: Mapping[Format, Write],

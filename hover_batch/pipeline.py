@@ -1,6 +1,7 @@
-"""Process one slide in three steps: infer(unit) → post(unit) → finalize(slide).
+"""Process one surveyed slide in three steps: infer(unit) → post(unit) → finalize(slide).
 
-For a slide whose maps another run has stored, the first step is skipped, and no pixels are read.
+`slide_work.survey` comes before them, and `sampled` wraps both ends for estimates (--stop-at). For a slide whose maps
+another run has stored, infer is skipped, and no pixels are read.
 
 The executors decide where and when a step runs, and skip steps whose results exist: a unit's shard and marker, a
 region's part, the slide's slide.json. Each step writes its result completely or not at all.
@@ -94,7 +95,7 @@ def verify_unit(unit: Unit, work: SlideWork, store: PredictionStore) -> bool:
     return False
 
 
-def is_posted(unit: Unit, work: SlideWork) -> bool:
+def is_post_processed(unit: Unit, work: SlideWork) -> bool:
     """Return whether the region of `unit` is post-processed, which means that its part of the slide's table exists."""
     return work.layout.part(unit.column, unit.row).exists()
 
@@ -131,7 +132,9 @@ def infer(
         tiles_to_predict = _copy_sampled(unit, work, maps)
         advance(len(unit.tile_cells) - len(tiles_to_predict))
         batches = tile_batches(tiles_to_predict, work.card.margin, read, predictor.batch, seconds)
-        for tiles, pending in in_flight(batches, _as_network_failed()(predictor.submit)):
+        # Only errors of the network become NetworkFailed, not those of reading the next tiles.
+        submit = _as_network_failed()(predictor.submit)  # as a decorator, it wraps each call
+        for tiles, pending in in_flight(batches, submit):
             with _as_network_failed():
                 predicted = pending.result()
             seconds.add_span(Stage.INFER, pending.seconds, pending.span)

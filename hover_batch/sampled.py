@@ -1,4 +1,4 @@
-"""Estimate the density of a slide from some of its clusters: choose the next clusters, and compute the estimate.
+"""Choose what to process next of a slide, and finish it: the whole slide or, with --stop-at, some of its clusters.
 
 A look is processed like a slide whose units are the clusters that are drawn up to it. If its interval is too wide, the
 next look adds clusters; after the last look, the whole slide is processed. Tiles are not predicted twice.

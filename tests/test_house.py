@@ -1,4 +1,4 @@
-"""Check the structure of the packages: floors without circles, independent stations, short files.
+"""Check the structure of the packages: layers without import cycles, independent parts, short files.
 
 The sources are read with `ast`, so that imports inside functions count, and nothing is imported.
 """
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("hover_batch", "kd")
 MAX_LINES = {"hover_batch": 400, "kd": 400, "benchmarks": 500, "tests": 500}
 
-FLOORS = (
+LAYERS = (
     (
         "errors",
         "files",
@@ -45,22 +45,22 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-"""The rooms of hover_batch, ground up. A room imports from its own floor and from those below."""
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+"""The rooms of hover_batch, ground up. A room imports from its own layer and from those below."""
+LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 
-KD_FLOORS = ("panels", "data", "evaluation", "teaching", "training", "package", "sweep", "commands", "cli")
-"""The folders and files of kd, ground up, each a floor of its own, so that no two folders import each other."""
-KD_FLOOR_OF = {room: floor for floor, room in enumerate(KD_FLOORS)}
+KD_LAYERS = ("panels", "data", "evaluation", "teaching", "training", "package", "sweep", "commands", "cli")
+"""The folders and files of kd, ground up, each a layer of its own, so that no two folders import each other."""
+KD_LAYER_OF = {room: layer for layer, room in enumerate(KD_LAYERS)}
 
-STATIONS = ("slide", "model", "store", "nuclei", "export")
+PARTS = ("slide", "model", "store", "nuclei", "export")
 """They do one thing each to what they are given; hover_batch.pipeline joins them."""
-OPEN_TO_STATIONS = (
+OPEN_TO_PARTS = (
     "hover_batch.model.card",
     "hover_batch.model.heads",
     "hover_batch.cohort.record",
     "hover_batch.cohort.layout",
 )
-"""What a station may import from another one and from the cohort: words that all share, and no work."""
+"""What a part may import from another one and from the cohort: words that all share, and no work."""
 OPEN_TO_KD = (
     "errors",
     "files",
@@ -96,11 +96,11 @@ def faults_of_imports(root: Path) -> list[str]:
     modules = {_module_name(path, root): path for path in _python_files(root, PACKAGES)}
     imports = [i for name, path in modules.items() for i in _imports(name, path, root, set(modules))]
     faults = [f"{i.place}: {fault}" for i in imports if (fault := _fault(i))]
-    for package, floor_of, floors in (("hover_batch", FLOOR_OF, "FLOORS"), ("kd", KD_FLOOR_OF, "KD_FLOORS")):
+    for package, layer_of, layers in (("hover_batch", LAYER_OF, "LAYERS"), ("kd", KD_LAYER_OF, "KD_LAYERS")):
         faults += [
-            f"{modules[name].relative_to(root)}: {name} stands on no floor; give it one in {floors}"
+            f"{modules[name].relative_to(root)}: {name} is in no layer; give it one in {layers}"
             for name in modules
-            if (room := _room(name, package)) and room not in floor_of
+            if (room := _room(name, package)) and room not in layer_of
         ]
     return faults + _circles(set(modules), imports)
 
@@ -148,17 +148,17 @@ def _fault(i: Import) -> str | None:
     if _inside(i.source, "hover_batch") and _inside(i.target, "kd") and source_room not in OPEN_ABOVE_KD:
         return f"{i.source} imports kd; only hover_batch's {' and '.join(OPEN_ABOVE_KD)} may"
     source_part, target_part = _room(i.source, "kd"), _room(i.target, "kd")
-    if source_part and target_part and KD_FLOOR_OF.get(target_part, 0) > KD_FLOOR_OF.get(source_part, len(KD_FLOORS)):
-        return f"{i.source} imports {i.target}, which stands on a floor above"
+    if source_part and target_part and KD_LAYER_OF.get(target_part, 0) > KD_LAYER_OF.get(source_part, len(KD_LAYERS)):
+        return f"{i.source} imports {i.target}, which is in a layer above"
     if not source_room or not target_room:
         return None
-    if FLOOR_OF.get(target_room, 0) > FLOOR_OF.get(source_room, len(FLOORS)):
-        return f"{i.source} imports {i.target}, which stands on a floor above"
-    if source_room in STATIONS and target_room != source_room and i.target not in OPEN_TO_STATIONS:
-        if target_room in STATIONS:
-            return f"station {source_room} imports {i.target}; stations are joined by hover_batch.pipeline"
+    if LAYER_OF.get(target_room, 0) > LAYER_OF.get(source_room, len(LAYERS)):
+        return f"{i.source} imports {i.target}, which is in a layer above"
+    if source_room in PARTS and target_room != source_room and i.target not in OPEN_TO_PARTS:
+        if target_room in PARTS:
+            return f"part {source_room} imports {i.target}; these parts are joined by hover_batch.pipeline"
         if target_room == "cohort":
-            return f"station {source_room} imports {i.target}; of the cohort it may import record and layout"
+            return f"part {source_room} imports {i.target}; of the cohort it may import record and layout"
     return None
 
 
@@ -260,14 +260,14 @@ def test_a_sound_house_has_no_faults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "fault"),
     [
-        ("hover_batch/errors.py", "import hover_batch.config", "hover_batch/errors.py:1: .* floor above"),
-        ("hover_batch/geometry.py", "def f():\n    from hover_batch import pipeline", "geometry.py:2: .* floor above"),
-        ("hover_batch/geometry.py", "from . import pipeline", "geometry.py:1: .* floor above"),
-        ("hover_batch/cohort/layout.py", "from ..cli import app", "layout.py:1: .* floor above"),
-        ("hover_batch/attic.py", "", "attic.py: .* stands on no floor"),
-        ("hover_batch/store.py", "from hover_batch.nuclei.stitch import stitch", "station store imports .*stitch"),
-        ("hover_batch/store.py", "from hover_batch.model import predict", "station store imports .*predict"),
-        ("hover_batch/store.py", "import importlib\nimportlib.import_module('hover_batch.model')", "station store"),
+        ("hover_batch/errors.py", "import hover_batch.config", "hover_batch/errors.py:1: .* layer above"),
+        ("hover_batch/geometry.py", "def f():\n    from hover_batch import pipeline", "geometry.py:2: .* layer above"),
+        ("hover_batch/geometry.py", "from . import pipeline", "geometry.py:1: .* layer above"),
+        ("hover_batch/cohort/layout.py", "from ..cli import app", "layout.py:1: .* layer above"),
+        ("hover_batch/attic.py", "", "attic.py: .* is in no layer"),
+        ("hover_batch/store.py", "from hover_batch.nuclei.stitch import stitch", "part store imports .*stitch"),
+        ("hover_batch/store.py", "from hover_batch.model import predict", "part store imports .*predict"),
+        ("hover_batch/store.py", "import importlib\nimportlib.import_module('hover_batch.model')", "part store"),
         ("hover_batch/nuclei/stitch.py", "from hover_batch.cohort.manifest import read", "record and layout"),
         (
             "hover_batch/pipeline.py",
@@ -282,11 +282,11 @@ def test_a_sound_house_has_no_faults(tmp_path: Path) -> None:
         ("hover_batch/cohort/layout.py", "def f():\n    from hover_batch.cohort.manifest import g", "in a circle"),
         ("hover_batch/cohort/manifest.py", "import hover_batch.model.heads", "in a circle: .*cohort.* ← .*model"),
         ("kd/training/losses.py", "from kd.training import train", "in a circle"),
-        ("kd/evaluation/scores.py", "from kd.training import losses", "evaluation/scores.py:1: .* floor above"),
-        ("kd/data/samples.py", "def f():\n    from ..teaching.teach import teach", "samples.py:2: .* floor above"),
-        ("kd/panels.py", "import kd.data.cache", "panels.py:1: .* floor above"),
-        ("kd/sweep.py", "from kd.commands.train import train", "sweep.py:1: .* floor above"),
-        ("kd/attic/old.py", "", "attic/old.py: .* stands on no floor; give it one in KD_FLOORS"),
+        ("kd/evaluation/scores.py", "from kd.training import losses", "evaluation/scores.py:1: .* layer above"),
+        ("kd/data/samples.py", "def f():\n    from ..teaching.teach import teach", "samples.py:2: .* layer above"),
+        ("kd/panels.py", "import kd.data.cache", "panels.py:1: .* layer above"),
+        ("kd/sweep.py", "from kd.commands.train import train", "sweep.py:1: .* layer above"),
+        ("kd/attic/old.py", "", "attic/old.py: .* is in no layer; give it one in KD_LAYERS"),
     ],
 )
 def test_a_planted_fault_is_reported(tmp_path: Path, file: str, text: str, fault: str) -> None:

@@ -132,7 +132,7 @@ def test_the_stages_are_all_there_is(tmp_path: Path) -> None:
         infer=InferSettings(unit=512, batch=4, device="cpu", runtime="torch"), engine=EngineSettings(backend="local")
     )
     shares = []
-    for number in range(2):
+    for number in range(3):
         out = tmp_path / f"out{number}"
         outcome = run_segment(str(cohort), out, settings, skip_invalid=False, force=False, command=["test"])
         assert outcome.exit_code == 0

@@ -61,8 +61,8 @@ class DiskSpace:
         self._watched = folder if folder.is_dir() else self.folder  # another machine's copies are not visible here
         where = f" at {slide_id}" if slide_id else ""
         self._warn(
-            f"no space left on disk{where}: waiting for space in {folder}. Free some, and the run goes on by "
-            "itself; or stop it by Ctrl-C and resume it later by the same command"
+            f"no space left on disk{where}: waiting for space in {folder}. Free some, and the run continues "
+            "by itself; or stop it with Ctrl-C and resume it later with the same command"
         )
 
     def available(self) -> bool:
@@ -81,7 +81,7 @@ class DiskSpace:
             if _can_reserve(self._watched, NEEDED_BYTES):
                 self.full, self._freed_at = False, time.monotonic()
                 self._record("disk_has_room")
-                self._warn("there is space on disk again: going on")
+                self._warn("there is space on disk again: continuing")
         return not self.full
 
     def wait(self) -> None:

@@ -1,4 +1,4 @@
-"""Fault policy: the verdict on each exception. `OpenSlides.apply` describes what a verdict does.
+"""Fault policy: the verdict on each exception. What a verdict does, and how often, is in `slide_state`.
 
 It imports Ray, so import it inside `cluster.started` or `cluster.joined`, which set Ray's environment.
 """
@@ -29,7 +29,8 @@ VERDICTS: tuple[tuple[type[Exception], Verdict], ...] = (
     # Raised by a task, or by the driver about one.
     (UnitsMissing, Verdict.RETRY),
     (NetworkStopped, Verdict.RETRY),
-    (NetworkFailed, Verdict.STRIKE),  # its device may be broken: another network takes over
+    # Its device may be broken: another network takes over. If memory ran out, it tried smaller batches first.
+    (NetworkFailed, Verdict.STRIKE),
     (MemoryError, Verdict.SHORT_OF_MEMORY),
     # Raised by Ray in place of a task that could not end.
     (NodeDiedError, Verdict.NODE_LOST),

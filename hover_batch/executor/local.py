@@ -14,7 +14,7 @@ from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.nuclei.stitch import load_kernels
 from hover_batch.nuclei.systems import splitter_of
-from hover_batch.pipeline import infer, is_posted, post, verify_unit
+from hover_batch.pipeline import infer, is_post_processed, post, verify_unit
 from hover_batch.plan import PlannedSlide
 from hover_batch.sampled import finish, next_work
 from hover_batch.seconds import Seconds
@@ -80,7 +80,7 @@ class LocalExecutor(Executor):
         raise_interrupt()
 
     def _check_interrupted(self) -> None:
-        """Raise a KeyboardInterrupt again that was swallowed, because a compiler or destructor was running."""
+        """Re-raise a KeyboardInterrupt that was swallowed, because a compiler or destructor was running."""
         if self._interrupted:
             raise KeyboardInterrupt
 
@@ -108,7 +108,7 @@ class LocalExecutor(Executor):
         recorder, slide_id = self.context.recorder, work.record.slide_id
         store = open_swept_store(work)
         predicted = [unit for unit in work.units if verify_unit(unit, work, store)]
-        done = [unit for unit in work.units if is_posted(unit, work)]
+        done = [unit for unit in work.units if is_post_processed(unit, work)]
         recorder.record_survey(slide_id, work.units, predicted, len(done))
 
         self._stage = Stage.INFER

@@ -24,7 +24,7 @@ class TaskFailed:
     """Result of a task that failed."""
 
     error: Exception
-    """Exception that the function raised, or WorkerDied if its process died too often (MAX_TIMES)."""
+    """Exception that the function raised, or WorkerDied if its process died too often (FAILS_AT)."""
 
 
 @contextlib.contextmanager
@@ -74,8 +74,8 @@ def map_tasks(
     A failed task does not stop the others. With `backend` "local", the items are processed in this process, in order.
     Otherwise they are processed on the cluster that `task_resources` started or joined, and yielded in the order in
     which they end. Function, items and results must then be picklable. A task whose process dies is started again,
-    unless it has already been started MAX_STRIKES (2) times or, if its node was lost, MAX_TIMES[NODE_LOST] (5) times.
-    Then it fails.
+    unless it has already been started FAILS_AT[STRIKE] (2) times or, if its node was lost, FAILS_AT[NODE_LOST] (5)
+    times. Then it fails.
 
     `function`: function of one item; its exceptions are yielded as TaskFailed. `items`: items to process. They are
     taken only as tasks start, so they may be endless; exceptions of their iterator propagate.
@@ -111,7 +111,7 @@ def _on_ray(
     from ray.exceptions import RayError
 
     from hover_batch.executor.faults import WorkerDied, cause_of
-    from hover_batch.executor.slide_state import MAX_STRIKES, MAX_TIMES
+    from hover_batch.executor.slide_state import FAILS_AT, Verdict
 
     task: Any = ray.remote(max_retries=0, **options)(function)
     running: dict[Any, tuple[Item, int]] = {}
@@ -135,7 +135,7 @@ def _on_ray(
                 result = ray.get(reference)
             except RayError as error:
                 cause = cause_of(error)
-                if isinstance(cause, WorkerDied) and attempt < MAX_TIMES.get(cause.verdict, MAX_STRIKES):
+                if isinstance(cause, WorkerDied) and attempt < FAILS_AT.get(cause.verdict, FAILS_AT[Verdict.STRIKE]):
                     running[task.remote(item)] = (item, attempt + 1)
                     continue
                 result = TaskFailed(cause)

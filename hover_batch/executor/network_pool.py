@@ -98,12 +98,12 @@ class NetworkPool:
         """Return the ready network with the fewest units in progress; None if no network is ready."""
         return min(self.ready, key=lambda network: network.units, default=None)
 
-    def free_network(self, max_units: int, excluded: Network | None = None) -> Network | None:
-        """Return the ready network with the fewest units in progress; None if none has fewer than `max_units`.
+    def free_network(self, below_units: int, excluded: Network | None = None) -> Network | None:
+        """Return the ready network with the fewest units in progress; None if none has fewer than `below_units`.
 
         Networks in which a unit must run alone are left out, and so is `excluded`.
         """
-        free = [n for n in self.ready if not n.alone and n is not excluded and n.units < max_units]
+        free = [n for n in self.ready if not n.alone and n is not excluded and n.units < below_units]
         return min(free, key=lambda network: network.units, default=None)
 
     def start(self, plan: EnginePlan) -> None:
@@ -113,8 +113,8 @@ class NetworkPool:
         for one.
         """
         options = InferActor.options(  # type: ignore[attr-defined]  # what ray.remote makes of a class
-            num_cpus=plan.actor_cpus,
-            num_gpus=plan.actor_gpus,
+            num_cpus=plan.network_cpus,
+            num_gpus=plan.network_gpus,
             max_concurrency=plan.units_at_once,
             scheduling_strategy="SPREAD",
         )
@@ -167,37 +167,37 @@ class NetworkPool:
             )
         self._warn(f"a network did not start: {cause}; starting another one (failed {failed} of at most {most} times)")
 
-    def handle_failure(self, network: Network, error: RayError, report: Callable[[Exception], None]) -> None:
-        """Remove a network whose call failed with `error` (see `is_actor_failure`), and call `report` with the cause.
+    def handle_failure(self, network: Network, error: RayError, on_dead: Callable[[Exception], None]) -> None:
+        """Remove a network whose call failed with `error` (see `is_actor_failure`), and call `on_dead` with the cause.
 
         The cause is NetworkStopped, WorkerDied, or what the actor raised. The network's process is killed first, in
         case it is still alive. On a joined cluster, an actor that cannot be reached may be alive: then nothing is
-        killed or reported yet, and `report_dead` does both later.
+        killed and `on_dead` is not called yet; `settle_unreachable` does both later.
 
-        Errors of `report` propagate.
+        `on_dead`: decides what is retried; its errors propagate.
         """
         self._remove(network)
         if network.stopped:
-            report(NetworkStopped("its network was stopped"))
+            on_dead(NetworkStopped("its network was stopped"))
         elif isinstance(error, ActorUnavailableError) and self._nodes:
             if not network.presumed_dead_at:
                 network.presumed_dead_at = time.monotonic() + NOTICED_S
-            self._unreachable.append((network, error, report))
+            self._unreachable.append((network, error, on_dead))
         else:
-            report(self._cause(network, error))
+            on_dead(self._cause(network, error))
 
-    def report_dead(self) -> bool:
-        """Kill the unreachable networks that count as dead by now, and report each. Return whether there were any.
+    def settle_unreachable(self) -> bool:
+        """Kill the unreachable networks that count as dead by now. Return whether there were any.
 
-        A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. To report it,
-        the function that was given to `handle_failure` is called; its errors propagate.
+        A network counts as dead once its node is lost, or NOTICED_S seconds after its first failed call. The `on_dead`
+        that was given to `handle_failure` is then called with the cause; its errors propagate.
         """
         unreachable, self._unreachable = self._unreachable, []
-        for network, error, report in unreachable:
+        for network, error, on_dead in unreachable:
             if time.monotonic() < network.presumed_dead_at and self._node_is_up(network):
-                self._unreachable.append((network, error, report))
+                self._unreachable.append((network, error, on_dead))
             else:
-                report(self._cause(network, error))
+                on_dead(self._cause(network, error))
         return len(self._unreachable) < len(unreachable)
 
     def _cause(self, network: Network, error: RayError) -> Exception:
@@ -219,7 +219,7 @@ class NetworkPool:
     def stop(self, network: Network) -> None:
         """Kill the process of a network and remove it from the pool; do nothing if it is no longer there.
 
-        Its units are retried in another network, and the interruption does not count against them.
+        Its units are retried in another network; the interruption is no strike on them.
         """
         if network in self._networks:
             network.stopped = True

@@ -91,8 +91,8 @@ class ClusterNodes:
         except InputError:
             recorder.progress.warn("The cluster has no node left to work on: waiting for one")
             return None
-        new_plan = engine_plan(available, settings, context.package.card, predicts=plan.actors > 0, previous=plan)
-        recorder.log_event("nodes_changed", nodes=len(available.nodes), networks=new_plan.actors)
+        new_plan = engine_plan(available, settings, context.package.card, predicts=plan.networks > 0, previous=plan)
+        recorder.log_event("nodes_changed", nodes=len(available.nodes), networks=new_plan.networks)
         for line in ("the nodes of the cluster changed:", *new_plan.lines()):
             recorder.progress.say(line)
         return new_plan

@@ -1,8 +1,11 @@
 """Executor on Ray: several slides are open at once, so that networks never wait for post-processing.
 
 The driver holds a few numbers for each unit and makes all decisions; pixels and maps never pass through it. It submits
-tasks, waits for them, and routes their results to `SlideState`, and their faults to `faults` and `OpenSlides`, which
-decide what is retried. Ray itself retries nothing.
+tasks, waits for them, and routes their results to `SlideState`. Ray itself retries nothing.
+
+The way of a failed call: `_route` → `faults.cause_of` (`NetworkPool.handle_failure` calls it for a dead network, and
+removes the network) → `_failed` → `faults.verdict_on` → `OpenSlides.apply`, which queues the task again or ends its
+slide.
 """
 
 from __future__ import annotations
@@ -71,12 +74,12 @@ class RayExecutor(Executor):
         self._plan = plan
         self._nodes = nodes
         self._pool = NetworkPool(context.package, context.settings.infer, load, nodes, self._progress.warn)
-        self._recorder.networks = plan.actors
+        self._recorder.networks = plan.networks
         self._waiting: deque[PlannedSlide] = deque()
         self._slides = OpenSlides(context.recorder.log_event, context.disk.report_full, self._use_less)
         self._running: dict[Any, _Call] = {}
         """By Ray's reference."""
-        self._draining = False
+        self._stopping = False
         self._shown: set[str] = set()
 
     def run(self, slides: Sequence[PlannedSlide]) -> None:
@@ -93,13 +96,13 @@ class RayExecutor(Executor):
         self._waiting = deque(slides)
         patience_ends = time.monotonic() + PATIENCE_S
         try:
-            with on_interrupt(self._drain):
+            with on_interrupt(self._stop_after_tasks):
                 while True:
                     self._follow_nodes()
-                    if self._draining:
+                    if self._stopping:
                         self._say_once("Finishing what is under way; press Ctrl-C again to stop at once.")
                     else:
-                        while len(self._pool) < self._plan.actors:
+                        while len(self._pool) < self._plan.networks:
                             self._pool.start(self._plan)
                         if self._context.disk.available():
                             self._open_slides()
@@ -112,13 +115,13 @@ class RayExecutor(Executor):
                     self._wait()
         finally:
             self._pool.close()
-        if self._draining:
+        if self._stopping:
             raise KeyboardInterrupt
 
-    def _drain(self) -> None:
-        if self._draining:
+    def _stop_after_tasks(self) -> None:
+        if self._stopping:
             raise KeyboardInterrupt
-        self._draining = True  # the loop says so: a signal handler must not print in the middle of a print
+        self._stopping = True  # the loop says so: a signal handler must not print in the middle of a print
 
     def _say_once(self, line: str) -> None:
         if line not in self._shown:
@@ -127,14 +130,14 @@ class RayExecutor(Executor):
 
     def _unfinished(self) -> bool:
         """Return whether anything is left to do or to wait for; networks that are still loading do not count."""
-        return bool(self._running or (not self._draining and (self._slides or self._waiting)))
+        return bool(self._running or (not self._stopping and (self._slides or self._waiting)))
 
     def _follow_nodes(self) -> None:
         """Adapt the plan and the networks to nodes that joined or left the cluster."""
         if self._nodes and (plan := self._nodes.replan(self._plan, self._context)):
             self._plan = plan
-            self._recorder.networks = max(self._recorder.networks, plan.actors)
-            self._pool.adapt(plan.actors)
+            self._recorder.networks = max(self._recorder.networks, plan.networks)
+            self._pool.adapt(plan.networks)
 
     # Submit.
 
@@ -145,8 +148,8 @@ class RayExecutor(Executor):
         post-processing keeps up. Without networks, slides are opened for post-processing alone.
         """
         at_once = len(self._pool) * self._plan.units_at_once
-        ahead = 2 * (at_once or self._plan.posts)
-        most = 2 * (at_once + self._plan.posts)
+        ahead = 2 * (at_once or self._plan.regions_at_once)
+        most = 2 * (at_once + self._plan.regions_at_once)
         ready = sum(len(slide.to_infer) if slide.surveyed else 1 for slide in self._slides)
         while self._waiting and ready < ahead and len(self._slides) < most and not self._slides.any_on_hold:
             planned = self._waiting.popleft()
@@ -166,13 +169,13 @@ class RayExecutor(Executor):
         """Submit units, those of the oldest slide first, to the least loaded network; units with a strike alone."""
         slides = [slide for slide in self._slides if not slide.on_hold]
         for slide in slides:
-            while slide.suspects and (network := self._pool.free_network(max_units=1)):
+            while slide.suspects and (network := self._pool.free_network(below_units=1)):
                 self._infer(slide, slide.suspects.popleft(), network, alone=True)
-        # Drain one network if a suspect still waits to run alone.
-        drained = self._pool.least_loaded() if any(slide.suspects for slide in slides) else None
+        # One network gets no more units, so that a suspect that still waits can soon run alone in it.
+        reserved = self._pool.least_loaded() if any(slide.suspects for slide in slides) else None
         for slide in slides:
             while slide.to_infer:
-                network = self._pool.free_network(self._plan.units_at_once, drained)
+                network = self._pool.free_network(self._plan.units_at_once, reserved)
                 if network is None:
                     return
                 self._infer(slide, slide.to_infer.popleft(), network)
@@ -185,8 +188,8 @@ class RayExecutor(Executor):
 
     def _submit_tasks(self) -> None:
         context, running = self._context, Counter(call.task.stage for call in self._running.values())
-        max_surveys = len(self._pool) or self._plan.posts
-        for slide, task in self._slides.take_tasks(running, max_surveys, self._plan.posts, time.monotonic()):
+        max_surveys = len(self._pool) or self._plan.regions_at_once
+        for slide, task in self._slides.take_tasks(running, max_surveys, self._plan.regions_at_once, time.monotonic()):
             match task.stage:
                 case Stage.SURVEY:
                     call: Any = survey_slide.remote(slide.planned, context.package, context.settings, slide.layout)
@@ -200,7 +203,7 @@ class RayExecutor(Executor):
 
     def _wait(self) -> None:
         """Wait a moment for calls to end, and route those that have."""
-        any_dead = self._pool.report_dead()
+        any_dead = self._pool.settle_unreachable()
         running = [*self._running, *self._pool.starting]
         if not running:
             retries_later = any(slide.retry_at for slide in self._slides)
@@ -245,7 +248,7 @@ class RayExecutor(Executor):
                 slide.work_ref = ray.put(result.work)
                 slide.add_survey(result)
                 inferred = [slide.units[i] for i in result.inferred]
-                recorder.record_survey(slide.slide_id, slide.units, inferred, len(result.posted))
+                recorder.record_survey(slide.slide_id, slide.units, inferred, len(result.post_processed))
             case Stage.INFER:
                 unit = slide.units[call.task.index]
                 slide.seconds.add(result)
@@ -278,13 +281,13 @@ class RayExecutor(Executor):
             self._recorder.fail(slide.planned, task.stage, failure, trace)
 
     def _use_less(self, stage: Stage, slide_id: str) -> bool:
-        """Halve the work at once, since memory ran out. Return whether this was possible."""
+        """Halve the number of tasks that run in parallel, since memory ran out. Return whether this was possible."""
         smaller = self._plan.halved()
         if smaller is None:
             return False
         self._plan = smaller
         self._progress.warn(
-            f"memory ran out in stage {stage} of {slide_id}: from now on at most {smaller.posts} regions are "
+            f"memory ran out in stage {stage} of {slide_id}: from now on at most {smaller.regions_at_once} regions are "
             f"post-processed at once, and {smaller.units_at_once} units are under way in a network"
         )
         return True

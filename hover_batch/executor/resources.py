@@ -123,12 +123,12 @@ class EnginePlan:
 
     resources: Resources
     """Nodes of the run."""
-    actors: int
+    networks: int
     """Number of networks, each on a GPU of its own or on the CPU; 0 for a run that makes new tables from stored
     predictions."""
-    actor_gpus: int
+    network_gpus: int
     """GPUs reserved for each network: 1, or 0 on the CPU."""
-    actor_cpus: int
+    network_cpus: int
     """CPU cores reserved for each network."""
     threads: int
     """Threads of each network on the CPU."""
@@ -136,11 +136,12 @@ class EnginePlan:
     """Maximum number of units in progress per network."""
     slots: int
     """CPU cores that read, post-process and finalize."""
-    posts: int
-    """Maximum number of regions and slides that are post-processed and finalized at once; fewer than `slots` if there
-    are at least two, so that readers always have a core."""
+    regions_at_once: int
+    """Maximum number of tasks in progress that post-process a region or finalize a slide.
+
+    Memory limits it. On nodes with two free cores or more, it leaves one of them to readers."""
     halvings: int = 0
-    """How often `posts` and `units_at_once` were halved because memory ran out."""
+    """How often `regions_at_once` and `units_at_once` were halved because memory ran out."""
 
     @property
     def object_store_bytes(self) -> int:
@@ -148,18 +149,18 @@ class EnginePlan:
 
         It is twice the size of the blocks that all networks read ahead, plus 512 MiB for masks and results.
         """
-        return (512 << 20) + 2 * self.actors * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
+        return (512 << 20) + 2 * self.networks * self.units_at_once * BLOCKS_AHEAD * _BLOCK_BYTES
 
     def halved(self) -> EnginePlan | None:
-        """Return the plan with `posts` and `units_at_once` halved (rounded up), to save memory; None if both are 1.
+        """Return the plan with `regions_at_once` and `units_at_once` halved (rounded up); None if both are 1.
 
         `halvings` counts one more; all else stays.
         """
-        if self.posts == self.units_at_once == 1:
+        if self.regions_at_once == self.units_at_once == 1:
             return None
         return replace(
             self,
-            posts=-(-self.posts // 2),
+            regions_at_once=-(-self.regions_at_once // 2),
             units_at_once=-(-self.units_at_once // 2),
             halvings=self.halvings + 1,
         )
@@ -173,14 +174,15 @@ class EnginePlan:
             available = f"resources: {len(nodes)} nodes, {cores}, memory of the smallest node: {least_memory}"
         else:
             available = f"resources: {cores}, memory: {least_memory}"
-        if not self.actors:
-            return [available, f"  no network; cores for post-processing: {self.posts}"]
-        devices = "one GPU each" if self.actor_gpus else f"on the CPU, threads each: {self.threads}"
+        if not self.networks:
+            return [available, f"  no network; cores for post-processing: {self.regions_at_once}"]
+        devices = "one GPU each" if self.network_gpus else f"on the CPU, threads each: {self.threads}"
         return [
             available,
-            f"  networks: {self.actors} ({devices}), units (large squares of a slide) at once per "
+            f"  networks: {self.networks} ({devices}), units (large squares of a slide) at once per "
             f"network: {self.units_at_once}; "
-            f"cores for reading and post-processing: {self.slots}, of which at most {self.posts} post-process",
+            f"cores for reading and post-processing: {self.slots}, of which at most "
+            f"{self.regions_at_once} post-process",
         ]
 
 
@@ -206,43 +208,43 @@ def engine_plan(
     side = settings.infer.unit
     unit_bytes = card.layout.planes * side**2 + BLOCKS_AHEAD * _BLOCK_BYTES
     region_bytes = (card.layout.planes + _POST_BYTES_PER_PIXEL) * (side + 2 * settings.post.halo) ** 2
-    on_gpus = previous.actor_gpus > 0 if previous else resources.gpus > 0
+    on_gpus = previous.network_gpus > 0 if previous else resources.gpus > 0
     fewest_cpus = min(node.cpus for node in resources.nodes)
     threads = settings.infer.threads or max(1, min(CPU_THREADS, fewest_cpus))
     # All networks reserve the same number: at most what the smallest node can spare.
-    actor_cpus = 0 if on_gpus or not predicts else min(threads, fewest_cpus - 1)
+    network_cpus = 0 if on_gpus or not predicts else min(threads, fewest_cpus - 1)
     units_at_once, halvings = UNITS_AT_ONCE, 0
     if previous:
-        threads, actor_cpus, units_at_once = previous.threads, previous.actor_cpus, previous.units_at_once
+        threads, network_cpus, units_at_once = previous.threads, previous.network_cpus, previous.units_at_once
         halvings = previous.halvings
-    actors = posts = slots = 0
+    networks = regions_at_once = slots = 0
     for node in resources.nodes:
         if not predicts:
-            networks = 0
+            here = 0
         elif on_gpus:
-            networks = node.gpus
+            here = node.gpus
         else:
             memory_allows = max(1, node.memory // 2 // _NETWORK_BYTES)
-            cpus_allow = max(1, node.cpus - 1) if actor_cpus == 0 else (node.cpus - 1) // actor_cpus
-            networks = min(memory_allows, cpus_allow)
-        free_cpus = node.cpus - networks * actor_cpus
+            cpus_allow = max(1, node.cpus - 1) if network_cpus == 0 else (node.cpus - 1) // network_cpus
+            here = min(memory_allows, cpus_allow)
+        free_cpus = node.cpus - here * network_cpus
         post_cpus = free_cpus - 1 if predicts else free_cpus
-        actors += networks
+        networks += here
         slots += free_cpus
-        posts += max(1, min(post_cpus, node.memory // 4 // region_bytes))
-        if networks:
-            units_at_once = max(1, min(units_at_once, node.memory // 4 // (networks * unit_bytes)))
+        regions_at_once += max(1, min(post_cpus, node.memory // 4 // region_bytes))
+        if here:
+            units_at_once = max(1, min(units_at_once, node.memory // 4 // (here * unit_bytes)))
     # If no node has room for a network now, it waits for one that has.
-    least_actors = max(1, settings.engine.gpus if on_gpus else 1)
+    least_networks = max(1, settings.engine.gpus if on_gpus else 1)
     return EnginePlan(
         resources=resources,
-        actors=max(actors, least_actors) if predicts else 0,
-        actor_gpus=int(on_gpus),
-        actor_cpus=actor_cpus,
+        networks=max(networks, least_networks) if predicts else 0,
+        network_gpus=int(on_gpus),
+        network_cpus=network_cpus,
         threads=threads,
         units_at_once=units_at_once,
         slots=slots,
-        posts=-(-posts // 2**halvings),
+        regions_at_once=-(-regions_at_once // 2**halvings),
         halvings=halvings,
     )
 

@@ -29,21 +29,20 @@ RETRY_S = 1.0
 class Verdict(Enum):
     """Consequence of a fault for the task that it interrupted; values are descriptions."""
 
-    RETRY = "retry, nothing is to blame"
+    RETRY = "retry, the task is not to blame"
     STRIKE = "retry, but blame the task"
     NODE_LOST = "retry elsewhere"
-    SHORT_OF_MEMORY = "retry with less at once"
+    SHORT_OF_MEMORY = "retry with fewer tasks in parallel"
     DISK_FULL = "retry when there is space"
     FAIL = "fail the slide"
 
 
-MAX_STRIKES = 2
-"""Number of strikes on one task at which its slide fails."""
-MAX_TIMES = {Verdict.STRIKE: MAX_STRIKES, Verdict.NODE_LOST: 5, Verdict.RETRY: 120}
-"""How often a task may get a verdict until its slide fails: the task is not retried the last time.
+FAILS_AT = {Verdict.STRIKE: 2, Verdict.NODE_LOST: 5, Verdict.RETRY: 120}
+"""Number of times that a task gets a verdict at which its slide fails; 2 means one retry.
 
 A unit with a strike is retried alone, to find out whether it caused the crash. Repeated node losses during one task may
-be caused by it. RETRY: network file systems may show new files a minute late, but no task is retried for ever.
+be caused by it. RETRY covers stopped networks, and network file systems, which may show new files a minute late; but no
+task is retried for ever.
 """
 
 
@@ -64,9 +63,9 @@ class Surveyed:
     work: SlideWork
     """Surveyed slide, which all later tasks need."""
     inferred: tuple[int, ...]
-    """Indices of the units that an earlier run predicted."""
-    posted: tuple[int, ...]
-    """Indices of the regions that an earlier run post-processed."""
+    """Indices of the units that are predicted already, by an earlier start or by the run of --from."""
+    post_processed: tuple[int, ...]
+    """Indices of the regions that an earlier start post-processed."""
     seconds: Seconds
     """Seconds of the survey by stage."""
 
@@ -102,7 +101,7 @@ class SlideState:
     regions_left: int = 0
     """Number of regions that are not post-processed yet."""
     verdicts: Counter[tuple[Verdict, Task]] = field(default_factory=Counter)
-    """How often each task got each of the verdicts in MAX_TIMES."""
+    """How often each task got each of the verdicts in FAILS_AT."""
     retry_at: dict[Task, float] = field(default_factory=dict)
     """Tasks whose inputs are done but not visible, and when to retry them."""
     on_hold: bool = False
@@ -126,10 +125,10 @@ class SlideState:
         self.seconds.add(surveyed.seconds)
         self.inferred = set(surveyed.inferred)
         self.to_infer = deque(i for i in range(len(self.units)) if i not in self.inferred)
-        regions = sorted(set(range(len(self.units))) - set(surveyed.posted))
+        regions = sorted(set(range(len(self.units))) - set(surveyed.post_processed))
         self.regions_left = len(regions)
         for region in regions:
-            self._wait(region, self._indices(neighbours(self.units[region])))
+            self._queue_region(region, self._indices(neighbours(self.units[region])))
         self._finalize_if_complete()
 
     def look_again(self) -> None:
@@ -182,19 +181,19 @@ class SlideState:
     def retry_or_quarantine(self, verdict: Verdict, task: Task, reason: str) -> SlideQuarantined | None:
         """Count the verdict on a task, queue the task again and return None.
 
-        If the task has now got the verdict MAX_TIMES[verdict] times, do not queue it. Instead, return the error with
+        If the task has now got the verdict FAILS_AT[verdict] times, do not queue it. Instead, return the error with
         which the caller must quarantine the slide.
 
-        `verdict`: a key of MAX_TIMES. `task`: the task that was interrupted. `reason`: cause of the fault, for the
+        `verdict`: a key of FAILS_AT. `task`: the task that was interrupted. `reason`: cause of the fault, for the
         message.
         """
-        if self._count(verdict, task) < MAX_TIMES[verdict]:
+        if self._count(verdict, task) < FAILS_AT[verdict]:
             self.retry(task)
             return None
         where = f" of unit {self.units[task.index].unit_id}" if task.stage in (Stage.INFER, Stage.POST) else ""
         alone = ", the last time alone" if task.stage is Stage.INFER and verdict is Verdict.STRIKE else ""
         return SlideQuarantined(
-            f"{task.stage}{where}: {reason}, {MAX_TIMES[verdict]} times{alone}; the file may be damaged or memory too "
+            f"{task.stage}{where}: {reason}, {FAILS_AT[verdict]} times{alone}; the file may be damaged or memory too "
             "small: check both, then use --retry-failed"
         )
 
@@ -202,19 +201,19 @@ class SlideState:
         """Schedule a retry of a task that did not find the results of some units, and return None.
 
         If some of the units are not predicted yet, a region waits for them. In other cases, the results should exist,
-        but the file system may not show them yet: the task is retried RETRY_S seconds after `now`. Instead of the retry
-        number MAX_TIMES[Verdict.RETRY], return the error with which the slide must fail.
+        but the file system may not show them yet: the task is retried RETRY_S seconds after `now`. At the
+        FAILS_AT[Verdict.RETRY]th time, return the error with which the slide must fail.
 
         `task`: the task. `unit_cells`: (column, row) in the unit grid of each unit whose results are missing. `now`:
         time in seconds.
         """
         missing = self._indices(unit_cells)
         if task.stage is Stage.POST and not missing <= self.inferred:
-            self._wait(task.index, missing)
-        elif self._count(Verdict.RETRY, task) >= MAX_TIMES[Verdict.RETRY]:
+            self._queue_region(task.index, missing)
+        elif self._count(Verdict.RETRY, task) >= FAILS_AT[Verdict.RETRY]:
             return SlideError(
                 f"{task.stage}: results of the units {list(unit_cells)} (column, row) are gone from "
-                f"{self.layout.folder}; run the same command again to make them anew"
+                f"{self.layout.folder}; run the same command again to recreate them"
             )
         else:
             self.retry_at[task] = now + RETRY_S
@@ -230,14 +229,15 @@ class SlideState:
         index = {(unit.column, unit.row): i for i, unit in enumerate(self.units)}
         return {index[cell] for cell in unit_cells if cell in index}
 
-    def _wait(self, region: int, units: set[int]) -> None:
+    def _queue_region(self, region: int, units: set[int]) -> None:
+        """Queue a region, or make it wait for those of the `units` that are not predicted yet."""
         if needed := units - self.inferred:
             self.needs[region] = needed
         else:
             self.to_post.append(region)
 
     def _finalize_if_complete(self) -> None:
-        # Units count too: where an earlier run did all regions, a corrupted unit is predicted again.
+        # Units count too: where an earlier start did all regions, a corrupted unit is predicted again.
         if self.regions_left == 0 and len(self.inferred) == len(self.units):
             self.next_stage = Stage.FINALIZE
 
@@ -246,8 +246,8 @@ class OpenSlides:
     """Slides in progress, oldest first, and the effect of faults on them.
 
     `record`: logs an event, given its name and values. `pause`: pauses the run until there is disk space, given the
-    slide_id and the error. `use_less`: reduces the work at once, given the stage and the slide_id where memory ran out;
-    returns False if it cannot be reduced.
+    slide_id and the error. `use_less`: makes fewer tasks run in parallel, given the stage and the slide_id where memory
+    ran out; returns False if that is not possible.
     """
 
     def __init__(
@@ -321,8 +321,8 @@ class OpenSlides:
     ) -> Exception | None:
         """Apply the verdict on `error`, which interrupted `task` of `slide`.
 
-        Queue the task again, at once or for later, and return None; or close the slide and return the error with which
-        it fails. Do nothing and return None if the slide has ended.
+        Queue the task again, immediately or for later, and return None; or close the slide and return the error with
+        which it fails. Do nothing and return None if the slide has ended.
 
         Strikes, lost nodes and a lack of memory are logged. SHORT_OF_MEMORY reduces the number of tasks that run at the
         same time, unless `reduced` is set; if it cannot be reduced, the verdict counts as a strike. DISK_FULL pauses

@@ -30,7 +30,7 @@ from hover_batch.executor.resources import BLOCKS_AHEAD
 from hover_batch.executor.slide_state import Surveyed
 from hover_batch.geometry import Box, Grid
 from hover_batch.model.package import Package
-from hover_batch.pipeline import infer, is_posted, post, verify_unit
+from hover_batch.pipeline import infer, is_post_processed, post, verify_unit
 from hover_batch.plan import PlannedSlide
 from hover_batch.sampled import finish, next_work
 from hover_batch.seconds import Seconds
@@ -109,7 +109,7 @@ def survey_slide(slide: PlannedSlide, package: Package, settings: Settings, layo
     return Surveyed(
         work,
         tuple(i for i, unit in numbered if verify_unit(unit, work, store)),
-        tuple(i for i, unit in numbered if is_posted(unit, work)),
+        tuple(i for i, unit in numbered if is_post_processed(unit, work)),
         seconds,
     )
 

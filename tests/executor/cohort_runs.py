@@ -62,13 +62,13 @@ def engine_of(networks: int = 1, gpus: bool = False, units_at_once: int = 2) -> 
     """A plan for the tests' cluster with so many networks, on GPUs or on the CPU."""
     return EnginePlan(
         resources=Resources((Node(CPUS, GPUS, 1 << 33),)),
-        actors=networks,
-        actor_gpus=int(gpus),
-        actor_cpus=0 if gpus else 1,
+        networks=networks,
+        network_gpus=int(gpus),
+        network_cpus=0 if gpus else 1,
         threads=1,
         units_at_once=units_at_once,
         slots=CPUS if gpus else CPUS - networks,
-        posts=max(1, CPUS - 1 if gpus else CPUS - networks - 1),
+        regions_at_once=max(1, CPUS - 1 if gpus else CPUS - networks - 1),
     )
 
 

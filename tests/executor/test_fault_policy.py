@@ -18,8 +18,7 @@ from hover_batch.config import Settings
 from hover_batch.errors import ScratchFull, SlideError, SlideQuarantined
 from hover_batch.executor.cluster import prepare_own_cluster
 from hover_batch.executor.slide_state import (
-    MAX_STRIKES,
-    MAX_TIMES,
+    FAILS_AT,
     OpenSlides,
     SlideState,
     Surveyed,
@@ -107,8 +106,8 @@ def test_every_slide_ends_once_and_no_work_is_lost(data: st.DataObject, slides: 
             losses[state, task] += verdict is Verdict.NODE_LOST
             out = (
                 verdict is Verdict.FAIL
-                or strikes[state, task] == MAX_STRIKES
-                or losses[state, task] == MAX_TIMES[Verdict.NODE_LOST]
+                or strikes[state, task] == FAILS_AT[Verdict.STRIKE]
+                or losses[state, task] == FAILS_AT[Verdict.NODE_LOST]
             )
             assert state.ended == out
     for state, task in list(cohort.running):  # results that come too late
@@ -155,9 +154,9 @@ def test_faults_without_blame_neither_clear_a_suspect_nor_quarantine_it(verdicts
 
 
 def test_a_lost_node_costs_no_strike_but_five_losses_quarantine() -> None:
-    cohort, state = unit_with([Verdict.NODE_LOST] * (MAX_TIMES[Verdict.NODE_LOST] - 1))
+    cohort, state = unit_with([Verdict.NODE_LOST] * (FAILS_AT[Verdict.NODE_LOST] - 1))
     assert not state.verdicts[Verdict.STRIKE, Task(Stage.INFER, 1)] and not cohort.failed and state.to_infer[0] == 1
-    cohort, state = unit_with([Verdict.NODE_LOST] * MAX_TIMES[Verdict.NODE_LOST])
+    cohort, state = unit_with([Verdict.NODE_LOST] * FAILS_AT[Verdict.NODE_LOST])
     ((_, failure),) = cohort.failed
     assert isinstance(failure, SlideQuarantined) and "its node was lost, 5 times;" in str(failure)
     assert {name for name, _ in cohort.events} == {"lost"}
@@ -186,7 +185,7 @@ def test_a_slide_without_space_for_its_copy_waits_for_another_to_end() -> None:
 def test_a_unit_that_is_short_of_memory_with_the_least_at_once_is_to_blame() -> None:
     cohort, state = unit_with([])
     cohort.can_use_less = False
-    for _ in range(MAX_STRIKES):
+    for _ in range(FAILS_AT[Verdict.STRIKE]):
         cohort.submit()
         cohort.fail(state, Task(Stage.INFER, 1), Verdict.SHORT_OF_MEMORY)
     ((_, failure),) = cohort.failed
@@ -214,15 +213,15 @@ def test_the_death_of_a_network_halves_the_work_at_once_however_many_units_it_he
 
 
 def test_no_task_is_retried_for_ever() -> None:
-    cohort, _ = unit_with([Verdict.RETRY] * MAX_TIMES[Verdict.RETRY])
+    cohort, _ = unit_with([Verdict.RETRY] * FAILS_AT[Verdict.RETRY])
     ((_, failure),) = cohort.failed
-    assert isinstance(failure, SlideQuarantined) and f"{MAX_TIMES[Verdict.RETRY]} times" in str(failure)
+    assert isinstance(failure, SlideQuarantined) and f"{FAILS_AT[Verdict.RETRY]} times" in str(failure)
 
 
 def test_results_that_stay_invisible_end_the_slide() -> None:
     state, cohort = surveyed([(0, 0)], {0}, {0}), Cohort(0)
     cohort.open.add(state)
-    for attempt in range(MAX_TIMES[Verdict.RETRY]):
+    for attempt in range(FAILS_AT[Verdict.RETRY]):
         assert not cohort.failed, attempt
         cohort.submit()
         cohort.fail(state, Task(Stage.FINALIZE), Verdict.RETRY, UnitsMissing(((0, 0),)))

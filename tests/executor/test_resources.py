@@ -30,29 +30,29 @@ def test_readers_always_find_a_core(nodes: list[Node], threads: int, unit: int) 
     """Whichever machines the networks are put on, none is filled by them; and there is room for all of them."""
     settings = Settings(infer=InferSettings(threads=threads, unit=unit))
     plan = engine_plan(Resources(tuple(nodes)), settings, CARD)
-    assert plan.units_at_once >= 1 and plan.posts >= 1
-    assert plan.slots >= 1 and plan.actors * plan.actor_cpus + plan.slots == plan.resources.cpus
-    assert plan.posts < plan.slots or plan.posts <= len(nodes)
+    assert plan.units_at_once >= 1 and plan.regions_at_once >= 1
+    assert plan.slots >= 1 and plan.networks * plan.network_cpus + plan.slots == plan.resources.cpus
+    assert plan.regions_at_once < plan.slots or plan.regions_at_once <= len(nodes)
     if plan.resources.gpus:
-        assert (plan.actors, plan.actor_gpus, plan.actor_cpus) == (plan.resources.gpus, 1, 0)
+        assert (plan.networks, plan.network_gpus, plan.network_cpus) == (plan.resources.gpus, 1, 0)
     else:
-        assert plan.actor_cpus < min(node.cpus for node in nodes)
-        assert plan.actors <= sum(max(1, (node.cpus - 1) // max(1, plan.actor_cpus)) for node in nodes)
+        assert plan.network_cpus < min(node.cpus for node in nodes)
+        assert plan.networks <= sum(max(1, (node.cpus - 1) // max(1, plan.network_cpus)) for node in nodes)
 
 
 @given(cpus=st.integers(1, 256), gpus=st.integers(0, 16), memory=st.integers(1 << 30, 1 << 40))
 def test_without_predictions_all_cores_post_process(cpus: int, gpus: int, memory: int) -> None:
     plan = engine_plan(Resources((Node(cpus, gpus, memory),)), Settings(), CARD, predicts=False)
-    assert (plan.actors, plan.actor_cpus, plan.slots) == (0, 0, cpus)
-    assert 1 <= plan.posts <= cpus and "no network" in plan.lines()[1]
+    assert (plan.networks, plan.network_cpus, plan.slots) == (0, 0, cpus)
+    assert 1 <= plan.regions_at_once <= cpus and "no network" in plan.lines()[1]
 
 
 def test_little_memory_means_little_at_once() -> None:
     large = engine_plan(Resources((Node(32, 2, 1 << 38),)), Settings(), CARD)
     small = engine_plan(Resources((Node(32, 2, 4 << 30),)), Settings(), CARD)
-    assert (large.units_at_once, large.posts) == (3, 31)
-    assert small.units_at_once < 3 and small.posts <= 2
-    assert engine_plan(Resources((Node(64, 0, 16 << 30),)), Settings(), CARD).actors == 4
+    assert (large.units_at_once, large.regions_at_once) == (3, 31)
+    assert small.units_at_once < 3 and small.regions_at_once <= 2
+    assert engine_plan(Resources((Node(64, 0, 16 << 30),)), Settings(), CARD).networks == 4
 
 
 def test_more_than_there_is_is_refused() -> None:
@@ -68,19 +68,19 @@ def test_a_cluster_may_yet_bring_what_is_asked_for() -> None:
     there = Resources((Node(4, 1, 1 << 34),))
     asks = Settings(engine=EngineSettings(cpus=9, gpus=3))
     assert there.at_most(asks) == there
-    assert engine_plan(there.at_most(asks), asks, CARD).actors == 3
+    assert engine_plan(there.at_most(asks), asks, CARD).networks == 3
 
 
 @given(before=nodes, after=nodes)
 def test_networks_stay_as_they_are_when_machines_come_and_go(before: list[Node], after: list[Node]) -> None:
     begun = engine_plan(Resources(tuple(before)), Settings(), CARD)
     now = engine_plan(Resources(tuple(after)), Settings(), CARD, previous=begun)
-    assert (now.threads, now.actor_cpus, now.actor_gpus) == (begun.threads, begun.actor_cpus, begun.actor_gpus)
-    assert now.actors >= 1 and now.posts >= 1
-    if begun.actor_gpus:
-        assert now.actors == max(1, now.resources.gpus)
-    elif now.actors * now.actor_cpus > now.resources.cpus:
-        assert now.actors == 1, "where no machine has room, one network waits for one that has"
+    assert (now.threads, now.network_cpus, now.network_gpus) == (begun.threads, begun.network_cpus, begun.network_gpus)
+    assert now.networks >= 1 and now.regions_at_once >= 1
+    if begun.network_gpus:
+        assert now.networks == max(1, now.resources.gpus)
+    elif now.networks * now.network_cpus > now.resources.cpus:
+        assert now.networks == 1, "where no machine has room, one network waits for one that has"
 
 
 @given(before=nodes, after=nodes, times=st.integers(1, 4))
@@ -95,7 +95,10 @@ def test_work_that_was_halved_stays_halved_when_machines_come_and_go(
     assert engine_plan(Resources(tuple(before)), Settings(), CARD, previous=halved) == halved
     now = engine_plan(Resources(tuple(after)), Settings(), CARD, previous=halved)
     whole = engine_plan(Resources(tuple(after)), Settings(), CARD, previous=begun)
-    assert now.posts == max(1, -(-whole.posts // 2**halved.halvings)) and now.units_at_once <= halved.units_at_once
+    assert (
+        now.regions_at_once == max(1, -(-whole.regions_at_once // 2**halved.halvings))
+        and now.units_at_once <= halved.units_at_once
+    )
 
 
 def test_gpus_are_those_that_may_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,10 @@ def slide() -> SlideState:
     return SlideState(PlannedSlide(record, info, Grid.over(size, mpp, 0.25), 1), SlideLayout(Path("out"), "s"))
 
 
-def surveyed(cells: list[tuple[int, int]], inferred: set[int], posted: set[int]) -> SlideState:
+def surveyed(cells: list[tuple[int, int]], inferred: set[int], post_processed: set[int]) -> SlideState:
     found = slide()
     work: Any = SimpleNamespace(units=tuple(unit(*cell) for cell in cells))
-    found.add_survey(Surveyed(work, tuple(sorted(inferred)), tuple(sorted(posted)), Seconds()))
+    found.add_survey(Surveyed(work, tuple(sorted(inferred)), tuple(sorted(post_processed)), Seconds()))
     return found
 
 
@@ -76,14 +76,14 @@ def test_every_region_is_done_once_and_after_its_units(data: st.DataObject) -> N
 
 def test_a_corrupted_unit_is_predicted_before_the_slide_is_finalized() -> None:
     """An earlier run did all regions, but one unit's shard was found corrupted."""
-    work = surveyed([(0, 0), (1, 0)], inferred={0}, posted={0, 1})
+    work = surveyed([(0, 0), (1, 0)], inferred={0}, post_processed={0, 1})
     assert work.next_stage != Stage.FINALIZE and list(work.to_infer) == [1]
     work.mark_inferred(1)
     assert work.next_stage == Stage.FINALIZE
 
 
 def test_a_region_waits_for_further_units_that_it_needs() -> None:
-    work = surveyed([(0, 0), (3, 0)], inferred={0}, posted=set())
+    work = surveyed([(0, 0), (3, 0)], inferred={0}, post_processed=set())
     assert work.to_post.popleft() == 0
     assert work.retry_later(Task(Stage.POST, 0), ((3, 0),), now=0) is None
     work.queue_due_retries(1e12)
@@ -93,7 +93,7 @@ def test_a_region_waits_for_further_units_that_it_needs() -> None:
 
 
 def test_a_region_is_retried_until_markers_are_visible() -> None:
-    work = surveyed([(0, 0)], inferred={0}, posted=set())
+    work = surveyed([(0, 0)], inferred={0}, post_processed=set())
     work.to_post.clear()
     assert work.retry_later(Task(Stage.POST, 0), ((0, 0),), now=5) is None
     work.queue_due_retries(5)
@@ -103,7 +103,7 @@ def test_a_region_is_retried_until_markers_are_visible() -> None:
 
 
 def test_finalization_is_retried_until_parts_are_visible() -> None:
-    work = surveyed([(0, 0)], inferred={0}, posted={0})
+    work = surveyed([(0, 0)], inferred={0}, post_processed={0})
     work.next_stage = None  # submitted
     assert work.retry_later(Task(Stage.FINALIZE), ((0, 0),), now=5) is None
     work.queue_due_retries(5)
