@@ -123,6 +123,12 @@ def test_an_output_that_cannot_be_written(tile: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "--output" in result.stderr
 
 
+@pytest.mark.parametrize("words", [["segment", "--example", "-o", ""], ["report", ""], ["status", ""], ["view", ""]])
+def test_an_empty_path_is_not_the_current_folder(words: list[str]) -> None:
+    result = run(*words)
+    assert result.exit_code == 2 and "a path is empty" in result.stderr
+
+
 def test_somebody_elses_folder_is_left_alone(tile: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

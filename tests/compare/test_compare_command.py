@@ -138,6 +138,7 @@ def test_random_weights_are_marked_everywhere(
         (["--teacher"], "either COHORT or --example"),
         (["--example", "--against", "starter", "--timing-only"], "--timing-only"),
         (["--example", "--teacher", "--timing-only", "--teacher-weights", "nobody"], "hovernet_fast-pannuke"),
+        (["--example", "--teacher", "--timing-only", "--minutes", "nan"], "--minutes nan"),
         (["--example", "--teacher", "--timing-only", "--batches", "one"], "--batches one"),
         (["--example", "--against", "nothing.safetensors"], "--against nothing.safetensors"),
         (["--example", "--teacher", "--timing-only", "--truth", "x"], "--truth: random weights cannot be scored"),
