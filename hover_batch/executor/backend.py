@@ -45,8 +45,8 @@ class OpenBackend:
     settings: Settings
     """Settings of the run, with `auto` resolved for the nodes that do the work."""
     run: Callable[[RunContext, Sequence[PlannedSlide]], None]
-    """Function that runs slides on these nodes, as `RayExecutor.run` does, or `LocalExecutor.run` in one process; on this
-    machine, it also starts and stops Ray."""
+    """Function that runs slides on these nodes, as `RayExecutor.run` or `LocalExecutor.run` does; on this machine, it
+    also starts and stops Ray."""
     auto_batch: Callable[[Package, InferSettings], int] = _auto_batch
     """Function that returns the batch size of `--batch auto` there, for a package and settings with AUTO_BATCH."""
 
