@@ -25,8 +25,9 @@ from kd.data.classes import PARTIAL
 from kd.data.datasets import Sample
 from kd.evaluation.evaluate import MapsOf, evaluate
 from kd.panels import Image, outlined, panel
+from kd.teaching.teacher_cache import TeacherCache
 from kd.training.augment import LABEL_MARGIN
-from kd.training.crops import Crops, Teacher, batches
+from kd.training.crops import Crops, batches
 from kd.training.losses import Loss
 from kd.training.precision import training_autocast
 
@@ -102,7 +103,7 @@ def examples(
     samples: Sequence[Sample],
     device: torch.device,
     taxonomy: Taxonomy,
-    teacher: Teacher | None,
+    teacher: TeacherCache | None,
     splitter: Splitter = TYPICAL,
 ) -> Image:
     """Return a picture (y, x, 3) uint8 RGB with one row for each of up to EXAMPLES images.
