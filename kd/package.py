@@ -27,6 +27,7 @@ from kd.data.samples import hashes_of, truth_sha256
 from kd.evaluation.calibrate import calibrate
 from kd.evaluation.evaluate import evaluate
 from kd.evaluation.measured_errors import evidence, fit_uncertainty, notes, paired_images
+from kd.evaluation.scores import shown
 from kd.evaluation.slide_limits import slide_limits
 from kd.training.config import ENCODERS, TrainConfig
 from kd.training.initial_weights import build_network
@@ -243,12 +244,8 @@ def _list(names: list[str]) -> str:
 
 def _lines(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """Return one line for each part (val, test) and source."""
-
-    def cell(value: float | None) -> str:
-        return "–" if value is None else f"{value:.4f}"
-
     return [
-        f"{part} {source}: PQ {cell(s['pq'])}  AJI {cell(s['aji'])}  Dice {cell(s['dice'])}  F_d {cell(s['f_d'])}"
+        f"{part} {source}: PQ {shown(s['pq'])}  AJI {shown(s['aji'])}  Dice {shown(s['dice'])}  F_d {shown(s['f_d'])}"
         for part, by_source in scores.items()
         for source, s in by_source.items()
     ]
