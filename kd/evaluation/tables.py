@@ -53,8 +53,7 @@ class Run:
     @property
     def sources(self) -> Mapping[str, Any]:
         """Scores by source, as `SourceScores.to_json` returns them."""
-        sources: Mapping[str, Any] = self.report["sources"]
-        return sources
+        return dict(self.report["sources"])
 
 
 @dataclass(frozen=True)
