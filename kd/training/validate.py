@@ -176,8 +176,7 @@ def _margin(model: nn.Module, side: int) -> int:
 
 def _spread(samples: Sequence[Sample], n: int) -> list[Sample]:
     """Return up to `n` of the samples, evenly spaced."""
-    if len(samples) <= n:
-        return list(samples)
+    n = min(n, len(samples))
     return [samples[i * len(samples) // n] for i in range(n)]
 
 
