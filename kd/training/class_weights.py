@@ -76,9 +76,7 @@ def by_rarity(counts: NDArray[np.int64]) -> list[float]:
     return [float(w) for w in weights]
 
 
-def _weights(
-    pixels: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], n_types: int
-) -> dict[str, list[float]]:
+def _weights(pixels: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], n_types: int) -> dict[str, list[float]]:
     """Return the weights of both branches. `pixels`: of each image, those in a nucleus, and class ids; or UNKNOWN."""
     nuclei, types = np.zeros(2, np.int64), np.zeros(n_types, np.int64)
     for has_nucleus, type_ids in pixels:

@@ -43,13 +43,7 @@ TYPICAL = SobelConstants(h_min=-1.191e11, h_max=7.051e10, v_min=-1.17e11, v_max=
 
 
 @torch.inference_mode()
-def validation_loss(
-    model: nn.Module,
-    crops: Crops,
-    loss: Loss,
-    batch: int,
-    device: torch.device,
-) -> float:
+def validation_loss(model: nn.Module, crops: Crops, loss: Loss, batch: int, device: torch.device) -> float:
     """Return the mean of the entry `loss` over the batches of `crops`; lower is better.
 
     In this process, torch's random seed is set to 0, and OpenCV is limited to one thread.
