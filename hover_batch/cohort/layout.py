@@ -76,7 +76,7 @@ ALIASES = {
 
 
 class PathBelow:
-    """Path of a file or folder, as an attribute of a layout: `name` in the layout's folder `above`, another attribute."""
+    """Path in a layout: `name` in the folder that is another attribute of the layout, `above`."""
 
     def __init__(self, above: str, name: str) -> None:
         self._above, self._name = above, name

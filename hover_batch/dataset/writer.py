@@ -13,7 +13,6 @@ from hover_batch.dataset.bucket_storage import BucketStorage, check_bucket, open
 from hover_batch.dataset.folder_storage import FolderStorage, check_folder, open_folder
 from hover_batch.dataset.slides import SlideEntry, entries_of, named_files, with_rows
 
-
 Storage = BucketStorage | FolderStorage
 """Place of a data set that is open for writing. Names of files are relative to the data set."""
 

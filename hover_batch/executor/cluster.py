@@ -306,7 +306,7 @@ def auto_batch_there(package: Package, settings: InferSettings) -> int:
 
 
 def _done_there(work: Callable[[], T], gpus: int) -> T:
-    """Return the result of `work` on a node of the joined cluster with this number of free GPUs; its errors propagate."""
+    """Return the result of `work` on a node of the joined cluster with `gpus` free GPUs; its errors propagate."""
     import ray
     from ray.exceptions import RayTaskError
 

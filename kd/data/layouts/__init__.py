@@ -12,7 +12,6 @@ from kd.data.layouts.folder import InstanceFolder
 from kd.data.layouts.pannuke import PanNuke
 from kd.data.layouts.qupath import Qupath
 
-
 Layout = InstanceFolder | Consep | PanNuke | Qupath
 """Annotated images in one folder; `len` gives their number.
 
