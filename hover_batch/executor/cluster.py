@@ -20,14 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError
 from hover_batch.executor.resources import Resources
 from hover_batch.model.package import Package
-
-T = TypeVar("T")
 
 _ENVIRONMENT = {
     # Without this, each worker under `uv run` would create its own environment.
@@ -277,13 +275,20 @@ def resolve_on_cluster(settings: InferSettings, on_gpu: bool) -> InferSettings:
     InputError if the device cannot be used there, or cannot be combined with the runtime or the precision. RayError if
     the process on the node dies.
     """
+    import ray
+    from ray.exceptions import RayTaskError
 
+    @ray.remote(num_cpus=1, num_gpus=int(on_gpu), max_retries=0)
     def resolve_there() -> InferSettings:
         from hover_batch.model.predict import resolve
 
         return resolve(settings)
 
-    return _done_there(resolve_there, gpus=int(on_gpu))
+    try:
+        resolved: InferSettings = ray.get(resolve_there.remote())
+    except RayTaskError as error:
+        raise error.cause from None
+    return resolved
 
 
 def auto_batch_there(package: Package, settings: InferSettings) -> int:
@@ -296,26 +301,20 @@ def auto_batch_there(package: Package, settings: InferSettings) -> int:
     InputError if the device cannot be used there, PackageError if the network cannot be loaded or compiled, RayError if
     the process on the node dies.
     """
+    import ray
+    from ray.exceptions import RayTaskError
 
+    @ray.remote(num_cpus=1, num_gpus=1, max_retries=0)
     def auto_batch_on_gpu() -> int:
         from hover_batch.model.predict import auto_batch
 
         return auto_batch(package, settings)
 
-    return _done_there(auto_batch_on_gpu, gpus=1)
-
-
-def _done_there(work: Callable[[], T], gpus: int) -> T:
-    """Return the result of `work` on a node of the joined cluster with `gpus` free GPUs; its errors propagate."""
-    import ray
-    from ray.exceptions import RayTaskError
-
-    task: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(work)
     try:
-        result: T = ray.get(task.remote())
+        batch: int = ray.get(auto_batch_on_gpu.remote())
     except RayTaskError as error:
         raise error.cause from None
-    return result
+    return batch
 
 
 class _LazyFile(io.TextIOBase):
