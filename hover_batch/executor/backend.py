@@ -45,8 +45,8 @@ class OpenBackend:
     settings: Settings
     """Settings of the run, with `auto` resolved for the nodes that do the work."""
     run: Callable[[RunContext, Sequence[PlannedSlide]], None]
-    """Function that runs slides on these nodes, as `RayExecutor.run` or `LocalExecutor.run` does; on this machine, it
-    also starts and stops Ray."""
+    """Function that runs slides on these nodes, as `Executor.run` does; on this machine, it also starts and stops
+    Ray."""
     auto_batch: Callable[[Package, InferSettings], int] = _auto_batch
     """Function that returns the batch size of `--batch auto` there, for a package and settings with AUTO_BATCH."""
 
@@ -94,7 +94,7 @@ def open_backend(settings: Settings, layout: RunLayout, *, predicts: bool = True
     InputError if none answers or it refuses the token, no node has a CPU core, or a node cannot use the device, cannot
     run hover-batch or does not see the output folder. OSError if the test file for this folder cannot be written,
     RayError if the process that resolves `auto` settings dies. The `run` of the backend raises the errors of
-    `LocalExecutor.run` or `RayExecutor.run` and, if it starts Ray, those of `cluster.started`.
+    `Executor.run` and, if it starts Ray, those of `cluster.started`.
     """
     if settings.engine.backend == "local":
         yield OpenBackend(settings, _run_in_process)

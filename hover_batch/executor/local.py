@@ -10,7 +10,7 @@ from hover_batch.blocks import block_reader
 from hover_batch.cohort.record import Stage
 from hover_batch.executor.disk_space import is_disk_full
 from hover_batch.executor.interrupts import on_interrupt, raise_interrupt
-from hover_batch.executor.protocol import LoadNetwork, RunContext
+from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.model.predict import Predictor, load_predictor
 from hover_batch.nuclei.stitch import load_kernels
 from hover_batch.nuclei.systems import splitter_of
@@ -22,7 +22,7 @@ from hover_batch.slide.reader import SlideReader
 from hover_batch.slide_work import SlideWork, open_swept_store, opened, survey
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """Executor that runs a cohort in this process.
 
     `context`: what all slides share. `load`: function that loads the network, on its first use.

@@ -1,10 +1,10 @@
-"""Context that the executors are given."""
+"""Interface of the executors, and the context that they are given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from hover_batch.cohort.ledger import Ledger
 from hover_batch.config import InferSettings, Settings
@@ -12,6 +12,7 @@ from hover_batch.executor.disk_space import DiskSpace
 from hover_batch.executor.progress import CohortProgress
 from hover_batch.executor.run_recorder import RunRecorder
 from hover_batch.model.package import Package
+from hover_batch.plan import PlannedSlide
 from hover_batch.slide.staging import Copies
 
 if TYPE_CHECKING:  # it imports torch, which readers and post-processing do without
@@ -19,6 +20,22 @@ if TYPE_CHECKING:  # it imports torch, which readers and post-processing do with
 
 LoadNetwork = Callable[[Package, InferSettings], "Predictor"]
 """Function that loads a network: `hover_batch.model.predict.load_predictor`, except in tests."""
+
+
+class Executor(Protocol):
+    """Interface of an object that runs the slides of a cohort."""
+
+    def run(self, slides: Sequence[PlannedSlide]) -> None:
+        """Run every slide until it is done or has failed. A failed slide is recorded, and does not stop the others.
+
+        Call it from the main thread, which receives signals.
+
+        Errors that are not caused by a slide stop the cohort: PackageError if the model cannot be loaded,
+        HoverBatchError if the process of a network dies repeatedly, InputError if a node of the cluster cannot be used,
+        and OSError if the run's records cannot be written. TooManyFailures if more slides failed than the settings
+        allow. KeyboardInterrupt after one of `interrupts.SIGNALS`, such as Ctrl-C.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from hover_batch.executor.faults import cause_of, verdict_on
 from hover_batch.executor.interrupts import on_interrupt
 from hover_batch.executor.network_pool import Network, NetworkPool, is_actor_failure
 from hover_batch.executor.nodes import ClusterNodes
-from hover_batch.executor.protocol import LoadNetwork, RunContext
+from hover_batch.executor.protocol import Executor, LoadNetwork, RunContext
 from hover_batch.executor.resources import EnginePlan
 from hover_batch.executor.slide_state import OpenSlides, SlideState, Task
 from hover_batch.executor.workers import finalize_slide, post_region, survey_slide
@@ -54,7 +54,7 @@ class _Call:
     network: Network | None = None
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Executor that runs a cohort on the Ray cluster to which this process is connected. Call `run` once.
 
     `context`: what all slides share. `plan`: distribution of the cluster's resources. `load`: function that loads a
