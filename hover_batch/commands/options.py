@@ -94,7 +94,9 @@ def local_path(text: str) -> Path:
 
 def _path(text: str) -> Path:
     if not text:  # it would be the current folder
-        raise InputError('a path is empty, perhaps because a variable is not set; give the path, or "." for this folder')
+        raise InputError(
+            'a path is empty, perhaps because a variable is not set; give the path, or "." for this folder'
+        )
     return Path(text)
 
 
