@@ -123,12 +123,6 @@ def test_an_output_that_cannot_be_written(tile: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "--output" in result.stderr
 
 
-@pytest.mark.parametrize("words", [["segment", "--example", "-o", ""], ["report", ""], ["status", ""], ["view", ""]])
-def test_an_empty_path_is_not_the_current_folder(words: list[str]) -> None:
-    result = run(*words)
-    assert result.exit_code == 2 and "a path is empty" in result.stderr
-
-
 def test_somebody_elses_folder_is_left_alone(tile: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -483,6 +477,13 @@ def test_a_cluster_that_is_not_there_is_told_at_once(tile: Path, tmp_path: Path)
     rows = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
     result = run("segment", rows, "-o", tmp_path / "out", "--backend", "ray", "--address", "127.0.0.1:1")
     assert result.exit_code == 2 and "--address 127.0.0.1:1: nothing answers there" in result.stderr
+
+
+@pytest.mark.parametrize("port", ["-1", "99999", "6379 ", "x", ""])
+def test_a_port_that_is_none_is_told_at_once(tile: Path, tmp_path: Path, port: str) -> None:
+    rows = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    result = run("segment", rows, "-o", tmp_path / "out", "--backend", "ray", "--address", f"127.0.0.1:{port}")
+    assert result.exit_code == 2 and "its port is not a number from 1 to 65535" in result.stderr
 
 
 def test_an_interruption_while_libraries_load_ends_without_a_traceback(tmp_path: Path) -> None:

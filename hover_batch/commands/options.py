@@ -93,11 +93,12 @@ def local_path(text: str) -> Path:
 
 
 def _path(text: str) -> Path:
+    """Return the path, with ~ expanded, as the shell does not after --output=. InputError if it is empty."""
     if not text:  # it would be the current folder
         raise InputError(
             'a path is empty, perhaps because a variable is not set; give the path, or "." for this folder'
         )
-    return Path(text)
+    return Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
 
 
 RunArgument = Annotated[
