@@ -49,7 +49,9 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
         given = connection.sql(f"FROM {source}")
         for name, kind in zip(given.columns, given.types, strict=True):
             if str(kind) in ("FLOAT", "DOUBLE") and name != column:
-                replaced.append(f"nullif({identifier(name)}, 'NaN'::{kind}) AS {identifier(name)}")
+                value = identifier(name)
+                # By its text: DuckDB takes isnan for false where the file's statistics, which leave NaN out, say so.
+                replaced.append(f"CAST(nullif(CAST({value} AS VARCHAR), 'nan') AS {kind}) AS {value}")
         rows = f"SELECT * REPLACE ({', '.join(replaced)}) FROM {source} WHERE {values} <> ''"
         connection.execute(f"CREATE TABLE clinical AS {rows}").fetchall()
         ids = [row[0] for row in connection.sql(f"SELECT {identifier(column)} FROM clinical").fetchall()]
