@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import bucket
@@ -37,7 +38,15 @@ pytestmark = pytest.mark.usefixtures("server")
 
 
 @pytest.fixture
+def fields(fields: Fields) -> Fields:
+    """Cohorts of pictures of one unit each: uploads know slides, and not what they are made of."""
+    return partial(fields, width=256, height=256)
+
+
+@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Nothing is synced to the disk, from which the uploads are read at once."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return runner("local", monkeypatch)
 
 
