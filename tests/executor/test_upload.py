@@ -143,6 +143,7 @@ def test_a_lost_bucket_fails_no_slide_and_the_same_command_completes_the_uploads
     assert not again, "sent twice"
 
 
+@pytest.mark.faults  # quick: tests/test_bucket_folder.py, where each call fails
 def test_a_short_loss_is_not_noticed(
     fields: Fields,
     run: Run,
