@@ -138,7 +138,8 @@ def test_evaluate_refuses_classes_that_have_nothing_in_common_with_the_annotatio
     assert "the model's epithelial, lymphocyte, macrophage, neutrophil" in str(result.exception)
 
 
-def test_evaluate_by_the_classes_in_common_with_a_picture_and_the_time(folder, package, tmp_path):
+def test_evaluate_by_the_classes_in_common_with_a_picture_and_the_time(folder, package, tmp_path, monkeypatch):
+    monkeypatch.setattr("hover_batch.model.cost.patch_side", lambda card: card.tile_in)  # 16 patches are timed
     out, picture = tmp_path / "scores.json", tmp_path / "panel.png"
     other = write_package(tmp_path / "other.safetensors", PANNUKE)
     flags = ("--json", out, "--panel", picture, "--beside", package, "--time", "--label", "mine", "--threads", 1)
