@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import sys
 
 GC_THRESHOLDS = (50_000, 20, 20)
 """Allocations of each generation between garbage collections.
@@ -16,9 +18,14 @@ def main() -> None:
     """Run the command line with the arguments of this process, and exit with the code of the command.
 
     The thresholds of Python's garbage collector are raised to GC_THRESHOLDS. The exit code is 130 if Ctrl-C is pressed
-    while the program is loading.
+    while the program is loading, and 2 if the current folder was removed.
     """
     gc.set_threshold(*GC_THRESHOLDS)
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # libraries would fail in many ways
+        print("Error: the current folder does not exist any more; change to another one with cd", file=sys.stderr)
+        raise SystemExit(2) from None
     try:
         from hover_batch.cli import app
     except KeyboardInterrupt:

@@ -197,6 +197,14 @@ def write_first(path: Path, data: bytes) -> bool:
     return won
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link (not its target) or a folder with its content, if it exists. OSError if that fails."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def leftovers(path: Path) -> Iterator[Path]:
     """Yield the temporary files and folders beside `path` from writes of it that were killed or are still running."""
     return path.parent.glob(f".{path.name}.*.partial")
@@ -205,10 +213,7 @@ def leftovers(path: Path) -> Iterator[Path]:
 def remove_leftovers(path: Path) -> None:
     """Remove the `leftovers` of `path`. Call it only while nothing writes `path`. OSError if one cannot be removed."""
     for leftover in leftovers(path):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+        remove(leftover)
 
 
 @contextlib.contextmanager

@@ -61,6 +61,8 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     path = output or layout.report_html
     if path.is_dir():
         raise InputError(f"-o {path}: is a folder; give the path of a file, such as {path / 'report.html'}")
+    if path.suffix.lower() not in (".html", ".htm"):  # such as the CSV of the cohort, which would be lost
+        raise InputError(f"-o {path}: must end in .html; add it")
     records = {record.slide_id: record for record in read_slides(layout) or ()}
     rows = _rows(status, records)
     title = f"Cohort {layout.root.name}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from hover_batch.config import InferSettings
@@ -27,6 +27,7 @@ from kd.data.samples import hashes_of, truth_sha256
 from kd.evaluation.calibrate import calibrate
 from kd.evaluation.evaluate import evaluate
 from kd.evaluation.measured_errors import evidence, fit_uncertainty, notes, paired_images
+from kd.evaluation.scores import shown
 from kd.evaluation.slide_limits import slide_limits
 from kd.training.config import ENCODERS, TrainConfig
 from kd.training.initial_weights import build_network
@@ -137,9 +138,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     )
     batch = batch_of(card, (s.image.shape for samples in splits.values() for s in samples))
     predictor = Predictor(network, card, InferSettings(threads=threads, batch=batch))
-
-    def maps_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return predict_image(predictor, image)
+    maps_of = partial(predict_image, predictor)
 
     outlined = fully_annotated(splits["val"])
     if kind.system != "hover":
@@ -152,7 +151,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     else:
         sobel, calibration = find_package("starter").card.sobel, NOT_CALIBRATED
     post = splitter(kind.system, sobel)
-    paired = [image for samples in splits.values() for image in paired_images(maps_of, samples, post, taxonomy)]
+    paired = paired_images(maps_of, chain.from_iterable(splits.values()), post, taxonomy)
     uncertainty, measured = fit_uncertainty(paired), evidence(paired)
     scores = {}
     for part, samples in splits.items():
@@ -197,7 +196,7 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
         )
     batch = batch_of(card, (s.image.shape for s in samples))
     predictor = Predictor(network, card, InferSettings(batch=batch))
-    found = calibrate(lambda image: predict_image(predictor, image), samples)
+    found = calibrate(partial(predict_image, predictor), samples)
     calibration = {
         **found.to_json(),
         "data": contents(samples),
@@ -245,12 +244,8 @@ def _list(names: list[str]) -> str:
 
 def _lines(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """Return one line for each part (val, test) and source."""
-
-    def cell(value: float | None) -> str:
-        return "–" if value is None else f"{value:.4f}"
-
     return [
-        f"{part} {source}: PQ {cell(s['pq'])}  AJI {cell(s['aji'])}  Dice {cell(s['dice'])}  F_d {cell(s['f_d'])}"
+        f"{part} {source}: PQ {shown(s['pq'])}  AJI {shown(s['aji'])}  Dice {shown(s['dice'])}  F_d {shown(s['f_d'])}"
         for part, by_source in scores.items()
         for source, s in by_source.items()
     ]

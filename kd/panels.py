@@ -39,17 +39,13 @@ def outlined(image: Image, instances: NDArray[np.int32], types: NDArray[np.uint8
         border[:-1] |= differs
     edge &= instances > 0
     colors = np.array([UNTYPED, *(c.color for c in taxonomy.nuclei)], np.uint8)
-    n_ids = int(instances.max()) + 1
-    if types is None:
-        class_of = np.zeros(n_ids, np.int64)
-    else:
-        # Pixels of class 0 are not counted; a nucleus with no other pixels has no class.
-        n = len(colors)
-        pixels = np.bincount((instances.astype(np.int64) * n + types).ravel(), minlength=n_ids * n).reshape(n_ids, n)
-        pixels[:, 0] = 0
-        class_of = pixels.argmax(1)
+    n_ids, n = int(instances.max()) + 1, len(colors)
+    numbered = instances.astype(np.int64) * n + (0 if types is None else types)
+    # Pixels of class 0 are not counted; a nucleus with no other pixels has no class.
+    pixels = np.bincount(numbered.ravel(), minlength=n_ids * n).reshape(n_ids, n)
+    pixels[:, 0] = 0
     drawn = image.copy()
-    drawn[edge] = colors[class_of[instances[edge]]]
+    drawn[edge] = colors[pixels.argmax(1)[instances[edge]]]
     return drawn
 
 

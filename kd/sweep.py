@@ -7,8 +7,6 @@ the next sweep resumes it. A failed run does not affect the others.
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +24,7 @@ from kd.evaluation.evaluate_package import evaluate_package
 from kd.package import make_package, package_path
 from kd.teaching.teacher_cache import TeacherCache
 from kd.training.config import TrainConfig
+from kd.training.logs import write_rows
 from kd.training.state import CHECKPOINT
 from kd.training.train import train
 
@@ -271,7 +270,7 @@ def sweep(
                 else:
                     notify(f"{run.name}: done")
     ended = [Ended(run, run.scores, reasons.get(run.name, "")) for run in runs]
-    _write_report(out / REPORT, ended)
+    write_rows(out / REPORT, report(ended))
     return ended
 
 
@@ -308,15 +307,6 @@ def do_run(run: Run) -> None:
         except Exception:
             traceback.print_exc(file=printed)
             raise
-
-
-def _write_report(path: Path, ended: Sequence[Ended]) -> None:
-    rows = report(ended)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
 
 
 def report(ended: Sequence[Ended]) -> list[dict[str, Any]]:

@@ -11,9 +11,16 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 
+class Annotated(SimpleNamespace):
+    """The fields of `Nuclei`. Hypothesis asks for the text of a test's arguments, and that of all arrays is long."""
+
+    def __repr__(self) -> str:
+        return f"{len(self.contours)} nuclei"
+
+
 def nuclei_from(
     instances: NDArray[np.integer], types: NDArray[np.uint8] | None, n_types: int, seed: int = 0
-) -> SimpleNamespace:
+) -> Annotated:
     """Instance map (y, x), 0 = background, and type map (y, x) → the fields of `Nuclei`, sorted by anchor.
 
     Positions, areas and contours are the map's own; what an annotation does not have (probabilities, shape, stain) is
@@ -40,7 +47,7 @@ def nuclei_from(
 
     column = list(zip(*rows, strict=True)) if rows else [()] * 8
     probs = random.random((n, n_types - 1), np.float32)
-    return SimpleNamespace(
+    return Annotated(
         anchor_y=np.array(column[0], np.int64),
         anchor_x=np.array(column[1], np.int64),
         centroid_x=np.array(column[2], np.float64),
@@ -72,7 +79,7 @@ def ring(mask: NDArray[np.bool_], box: tuple[int, int, int, int]) -> NDArray[np.
     return np.array([(box[i], box[j]) for i, j in ((0, 1), (2, 1), (2, 3), (0, 3), (0, 1))], np.float64)
 
 
-def take(nuclei: SimpleNamespace, rows: NDArray[np.bool_]) -> SimpleNamespace:
+def take(nuclei: SimpleNamespace, rows: NDArray[np.bool_]) -> Annotated:
     """The nuclei where `rows` is true."""
     picked = {name: value[rows] for name, value in vars(nuclei).items() if name != "contours"}
-    return SimpleNamespace(contours=[c for c, kept in zip(nuclei.contours, rows, strict=True) if kept], **picked)
+    return Annotated(contours=[c for c, kept in zip(nuclei.contours, rows, strict=True) if kept], **picked)

@@ -6,6 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def hovernet() -> Any:
         warnings.simplefilter("ignore")
         from tiatoolbox.models.architecture.hovernet import HoVerNet
     return HoVerNet
+
+
+@pytest.fixture(scope="module")
+def by_torch() -> Iterator[None]:
+    """Where no runtime is given it is torch, also in Python and in `kd`, which do not read HOVER_BATCH_RUNTIME."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hover_batch.model.predict.find_spec", lambda name: None)
+        yield
+
+
+@pytest.fixture
+def by_default(by_torch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a test of a module that uses `by_torch`, the runtime is chosen as for a user."""
+    monkeypatch.setattr("hover_batch.model.predict.find_spec", find_spec)
 
 
 @pytest.fixture

@@ -30,6 +30,12 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hover_batch.segment_slide(folder / "he_0.5.tif", folder / "out", slide_id="he", **SETTINGS)
 
 
+@pytest.fixture(scope="module")
+def model() -> hover_batch.Model:
+    """The starter in the default runtime, for which it is compiled in seconds."""
+    return hover_batch.load_model()
+
+
 def test_a_slide_and_its_table(table: Path) -> None:
     assert table == table.parents[2] / "slides" / "he" / "nuclei.parquet"
     nuclei = hover_batch.load_nuclei(table)
@@ -78,9 +84,8 @@ def test_predictions_have_named_maps(table: Path) -> None:
     assert maps.eosin[y, :].shape == (1000,)
 
 
-def test_a_model_finds_the_nuclei_of_a_run_in_an_image(table: Path) -> None:
+def test_a_model_finds_the_nuclei_of_a_run_in_an_image(table: Path, model: hover_batch.Model) -> None:
     field = _field()[200:800, 100:900]
-    model = hover_batch.load_model("starter")
     instances, nuclei = model.nuclei(field)
     assert instances.shape == (600, 800) and len(nuclei) == instances.max() > 100
     assert list(nuclei["nucleus_id"]) == list(range(1, len(nuclei) + 1))
@@ -92,7 +97,7 @@ def test_a_model_finds_the_nuclei_of_a_run_in_an_image(table: Path) -> None:
         assert row.geometry.bounds[0] >= pixels[:, 1].min()
 
 
-def test_maps_of_an_image_are_those_of_a_slide(tmp_path: Path) -> None:
+def test_maps_of_an_image_are_those_of_a_slide(tmp_path: Path, model: hover_batch.Model) -> None:
     """Where the network sees the same surroundings, byte for byte: the border is mirrored otherwise in a slide.
 
     The image's maps are whole; a slide's h and v are stored near nuclei only.
@@ -101,7 +106,7 @@ def test_maps_of_an_image_are_those_of_a_slide(tmp_path: Path) -> None:
     write_pyramidal_tiff(tmp_path / "he.tif", field, 0.25)
     table = hover_batch.segment_slide(tmp_path / "he.tif", tmp_path / "out", **SETTINGS)
     stored = PredictionStore.open(table.parent / "predictions.zarr", read_only=True).array
-    maps = hover_batch.load_model().predict(field)
+    maps = model.predict(field)
     assert maps.shape == stored.shape
     inner = np.s_[:, 256:512, 256:512]
     assert not np.array_equal(maps[inner], stored[inner])
@@ -109,12 +114,12 @@ def test_maps_of_an_image_are_those_of_a_slide(tmp_path: Path) -> None:
     assert maps[inner].any() and np.array_equal(maps[inner], stored[inner])
 
 
-def test_an_image_without_nuclei() -> None:
-    instances, nuclei = hover_batch.load_model().nuclei(np.full((100, 130, 3), 245, np.uint8))
+def test_an_image_without_nuclei(model: hover_batch.Model) -> None:
+    instances, nuclei = model.nuclei(np.full((100, 130, 3), 245, np.uint8))
     assert not instances.any() and len(nuclei) == 0 and "area_um2" in nuclei
 
 
-def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path, model: hover_batch.Model) -> None:
     picture = tmp_path / "tile.png"
     Image.fromarray(np.full((64, 64, 3), 245, np.uint8)).save(picture)
     with pytest.raises(InputError, match="mpp"):
@@ -128,10 +133,10 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     with pytest.raises(SlideError, match="broken"):
         hover_batch.segment_slide(tmp_path / "broken.svs", tmp_path / "other", backend="local")
-    assert hover_batch.segment_slide(picture, tmp_path / "out", mpp=0.25, backend="local").is_file()
+    assert hover_batch.segment_slide(picture, tmp_path / "out", mpp=0.25, backend="local", runtime="torch").is_file()
     for wrong in (np.zeros((9, 9)), np.zeros((9, 9, 4), np.uint8), np.zeros((0, 9, 3), np.uint8), [1]):
         with pytest.raises(InputError, match="uint8"):
-            hover_batch.load_model().predict(wrong)  # type: ignore[arg-type]
+            model.predict(wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="kept predictions"):
         hover_batch.load_predictions(tmp_path)
     with pytest.raises(SlideError, match="nuclei.parquet: does not exist"):

@@ -128,6 +128,7 @@ def test_what_cannot_be_written_is_said_before_the_run(server: str, monkeypatch:
         assert bucket.SECRET not in str(denied.value)
     finally:
         bucket.let_in(server)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the library waits for seconds between its own attempts
     bucket.use(monkeypatch, "127.0.0.1:9")
     with pytest.raises(InputError, match="s3://bucket/run: cannot be written"):
         BucketFolder(Url("s3://bucket/run")).check_writable()

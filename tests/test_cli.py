@@ -479,6 +479,13 @@ def test_a_cluster_that_is_not_there_is_told_at_once(tile: Path, tmp_path: Path)
     assert result.exit_code == 2 and "--address 127.0.0.1:1: nothing answers there" in result.stderr
 
 
+@pytest.mark.parametrize("port", ["-1", "99999", "6379 ", "x", ""])
+def test_a_port_that_is_none_is_told_at_once(tile: Path, tmp_path: Path, port: str) -> None:
+    rows = cohort(tmp_path, "path,mpp\ntile.png,0.25\n")
+    result = run("segment", rows, "-o", tmp_path / "out", "--backend", "ray", "--address", f"127.0.0.1:{port}")
+    assert result.exit_code == 2 and "its port is not a number from 1 to 65535" in result.stderr
+
+
 def test_an_interruption_while_libraries_load_ends_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
     command = [sys.executable, "-c", "from hover_batch.__main__ import main; main()"]

@@ -1,4 +1,4 @@
-"""Installations, homes and user ids as in containers: read-only, missing, without a name."""
+"""Installations, homes and user ids as in containers: read-only, missing, without a name. Paths without a place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from hover_batch.cli import app
 from hover_batch.environment import complete_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,3 +139,23 @@ def test_a_read_only_installation_plans_for_a_user_without_name_and_home(tmp_pat
     assert f"{UID} {UID} {tmp_path}/hover-batch-cache-{UID}/numba/" in ended.stdout
     assert "1 slide to run" in ended.stdout
     assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("words", [["segment", "--example", "-o", ""], ["report", ""], ["status", ""], ["view", ""]])
+def test_an_empty_path_is_not_the_current_folder(words: list[str]) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "a path is empty" in result.stderr
+
+
+def test_a_removed_folder_is_no_place_to_start_from(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hover_batch", "status", "out"]
+    shell = ["sh", "-c", 'rmdir "$PWD" && "$@"', "sh", *command]
+    ended = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("Error: the current folder does not exist any more")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = CliRunner().invoke(app, ["status", "~/none"])
+    assert result.exit_code == 2 and f"{tmp_path}/none" in result.stderr

@@ -75,6 +75,16 @@ ALIASES = {
 """Other names of formats, which people try first."""
 
 
+class PathBelow:
+    """Path in a layout: `name` in the folder that is another attribute of the layout, `above`."""
+
+    def __init__(self, above: str, name: str) -> None:
+        self._above, self._name = above, name
+
+    def __get__(self, layout: object, kind: type) -> Path:
+        return Path(getattr(layout, self._above), self._name)
+
+
 @dataclass(frozen=True)
 class SlideLayout:
     """Paths of one slide's results, whether or not they exist.
@@ -96,20 +106,12 @@ class SlideLayout:
         """Folder of all results of the slide."""
         return self.root / "slides" / self.slide_id
 
-    @property
-    def key_json(self) -> Path:
-        """JSON file with the run key of the slide's unfinished work."""
-        return self.folder / "key.json"
-
-    @property
-    def quarantine_json(self) -> Path:
-        """File with the run key, stage and reason of the slide's quarantine; exists only while it is quarantined."""
-        return self.folder / "quarantine.json"
-
-    @property
-    def markers(self) -> Path:
-        """Folder of the slide's markers, one JSON file per unit that is predicted and stored."""
-        return self.folder / "markers"
+    key_json = PathBelow("folder", "key.json")
+    """JSON file with the run key of the slide's unfinished work."""
+    quarantine_json = PathBelow("folder", "quarantine.json")
+    """File with the run key, stage and reason of the slide's quarantine; exists only while it is quarantined."""
+    markers = PathBelow("folder", "markers")
+    """Folder of the slide's markers, one JSON file per unit that is predicted and stored."""
 
     def marker(self, column: int, row: int) -> Path:
         """Return the path of a unit's marker, which exists once the unit is predicted and stored.
@@ -118,10 +120,8 @@ class SlideLayout:
         """
         return self.markers / f"{column}_{row}.json"
 
-    @property
-    def parts(self) -> Path:
-        """Folder of the parts of the table of nuclei, one Parquet file per post-processed region."""
-        return self.folder / "parts"
+    parts = PathBelow("folder", "parts")
+    """Folder of the parts of the table of nuclei, one Parquet file per post-processed region."""
 
     def part(self, column: int, row: int) -> Path:
         """Return the path of the part of the table with the nuclei that a region owns.
@@ -130,25 +130,14 @@ class SlideLayout:
         """
         return self.parts / f"{column}_{row}.parquet"
 
-    @property
-    def survey_json(self) -> Path:
-        """File with the slide's header and tissue mask, written before the first pixel of the slide is predicted."""
-        return self.folder / "survey.json"
-
-    @property
-    def predictions_zarr(self) -> Path:
-        """Folder of the prediction store (`PredictionStore`), which holds the slide's predicted maps."""
-        return self.folder / "predictions.zarr"
-
-    @property
-    def tissue_geojson(self) -> Path:
-        """GeoJSON file with the outline of the tissue in which nuclei are searched for."""
-        return self.folder / "tissue.geojson"
-
-    @property
-    def nuclei_parquet(self) -> Path:
-        """Parquet file with the slide's table of nuclei, one row per nucleus."""
-        return self.folder / "nuclei.parquet"
+    survey_json = PathBelow("folder", "survey.json")
+    """File with the slide's header and tissue mask, written before the first pixel of the slide is predicted."""
+    predictions_zarr = PathBelow("folder", "predictions.zarr")
+    """Folder of the prediction store (`PredictionStore`), which holds the slide's predicted maps."""
+    tissue_geojson = PathBelow("folder", "tissue.geojson")
+    """GeoJSON file with the outline of the tissue in which nuclei are searched for."""
+    nuclei_parquet = PathBelow("folder", "nuclei.parquet")
+    """Parquet file with the slide's table of nuclei, one row per nucleus."""
 
     def exported(self, format: Format) -> Path:
         """Return the path of the slide's table of nuclei in another format, whether or not it exists.
@@ -157,40 +146,24 @@ class SlideLayout:
         """
         return self.folder / f"nuclei.{format.suffix}"
 
-    @property
-    def thumbnail_jpg(self) -> Path:
-        """JPEG picture of the whole slide with the outline of its tissue."""
-        return self.folder / "thumbnail.jpg"
-
-    @property
-    def overlay_jpg(self) -> Path:
-        """JPEG picture of the slide's field with the most nuclei; their contours are drawn on it."""
-        return self.folder / "overlay.jpg"
-
-    @property
-    def timings_json(self) -> Path:
-        """File with the seconds that the slide took, by stage."""
-        return self.folder / "timings.json"
-
-    @property
-    def slide_json(self) -> Path:
-        """File with the slide's summary; written last, so that it exists only if the slide is done."""
-        return self.folder / "slide.json"
+    thumbnail_jpg = PathBelow("folder", "thumbnail.jpg")
+    """JPEG picture of the whole slide with the outline of its tissue."""
+    overlay_jpg = PathBelow("folder", "overlay.jpg")
+    """JPEG picture of the slide's field with the most nuclei; their contours are drawn on it."""
+    timings_json = PathBelow("folder", "timings.json")
+    """File with the seconds that the slide took, by stage."""
+    slide_json = PathBelow("folder", "slide.json")
+    """File with the slide's summary; written last, so that it exists only if the slide is done."""
 
     @property
     def sample(self) -> SampleLayout:
         """Paths of the slide's results when its density is estimated from clusters (`--stop-at`)."""
         return SampleLayout(self.root, self.slide_id)
 
-    @property
-    def sampled_nuclei_parquet(self) -> Path:
-        """Parquet file with the table of the nuclei in the clusters that were drawn to estimate the slide's density."""
-        return self.folder / "sampled_nuclei.parquet"
-
-    @property
-    def estimate_json(self) -> Path:
-        """File with the slide's estimated densities; written last, only once the estimate is precise enough."""
-        return self.folder / "estimate.json"
+    sampled_nuclei_parquet = PathBelow("folder", "sampled_nuclei.parquet")
+    """Parquet file with the table of the nuclei in the clusters that were drawn to estimate the slide's density."""
+    estimate_json = PathBelow("folder", "estimate.json")
+    """File with the slide's estimated densities; written last, only once the estimate is precise enough."""
 
     @property
     def kept(self) -> tuple[Path, ...]:
@@ -240,30 +213,16 @@ class SlideLayout:
 class SampleLayout(SlideLayout):
     """Paths of one slide's results, with the markers, parts and predictions of clusters instead of units."""
 
-    @property
-    def working(self) -> Path:
-        """Folder of the working files of the clusters."""
-        return self.folder / "sample"
-
-    @property
-    def markers(self) -> Path:
-        """Folder of the markers, one file per cluster that is predicted and stored."""
-        return self.working / "markers"
-
-    @property
-    def parts(self) -> Path:
-        """Folder of the nuclei, one Parquet file per post-processed cluster."""
-        return self.working / "parts"
-
-    @property
-    def predictions_zarr(self) -> Path:
-        """Folder of the prediction store of the clusters, one shard per tile."""
-        return self.working / "predictions.zarr"
-
-    @property
-    def clusters_json(self) -> Path:
-        """File with all clusters of the slide and the order in which the clusters are drawn."""
-        return self.working / "clusters.json"
+    working = PathBelow("folder", "sample")
+    """Folder of the working files of the clusters."""
+    markers = PathBelow("working", "markers")
+    """Folder of the markers, one file per cluster that is predicted and stored."""
+    parts = PathBelow("working", "parts")
+    """Folder of the nuclei, one Parquet file per post-processed cluster."""
+    predictions_zarr = PathBelow("working", "predictions.zarr")
+    """Folder of the prediction store of the clusters, one shard per tile."""
+    clusters_json = PathBelow("working", "clusters.json")
+    """File with all clusters of the slide and the order in which the clusters are drawn."""
 
     def look_json(self, look: int) -> Path:
         """Return the path of the file with the densities that are estimated at a look, after a batch of clusters.
@@ -287,80 +246,36 @@ class RunLayout:
         """Return the paths of the results of the slide `slide_id`. InputError if the id cannot name a folder."""
         return SlideLayout(self.root, slide_id)
 
-    @property
-    def lock(self) -> Path:
-        """Lock file, which a run locks while it writes to the folder, and which is never removed."""
-        return self.root / ".lock"
-
-    @property
-    def example(self) -> Path:
-        """Folder of the slides of `--example` and their cohort.csv."""
-        return self.root / "example"
-
-    @property
-    def run_json(self) -> Path:
-        """File with the identity of the run: model, settings and cohort."""
-        return self.root / "run.json"
-
-    @property
-    def settings_toml(self) -> Path:
-        """TOML file with the settings in effect, which can be given to `--config`."""
-        return self.root / "settings.toml"
-
-    @property
-    def versions_json(self) -> Path:
-        """File with the versions of Python and of the packages that determine results."""
-        return self.root / "versions.json"
-
-    @property
-    def slides_csv(self) -> Path:
-        """CSV file with the slides of the cohort and the status of each."""
-        return self.root / "slides.csv"
-
-    @property
-    def failures_csv(self) -> Path:
-        """CSV file with the slides that failed since the run was last started; written when the run ends."""
-        return self.root / "failures.csv"
-
-    @property
-    def summary_csv(self) -> Path:
-        """CSV file with the summary: one row per slide and one for the cohort."""
-        return self.root / "summary.csv"
-
-    @property
-    def summary_parquet(self) -> Path:
-        """Parquet file with the content of summary.csv in full precision."""
-        return self.root / "summary.parquet"
-
-    @property
-    def report_html(self) -> Path:
-        """HTML file with the first page of the report, written by the command `report`."""
-        return self.root / "report.html"
-
-    @property
-    def report_slides(self) -> Path:
-        """Folder of the further pages of a large cohort's report."""
-        return self.root / "report-slides"
-
-    @property
-    def logs(self) -> Path:
-        """Folder of the run's logs, events.jsonl and ray.log."""
-        return self.root / "logs"
-
-    @property
-    def events_jsonl(self) -> Path:
-        """File with the run's events, one JSON object per line."""
-        return self.logs / "events.jsonl"
-
-    @property
-    def ray_log(self) -> Path:
-        """File with Ray's own messages."""
-        return self.logs / "ray.log"
-
-    @property
-    def slides(self) -> Path:
-        """Folder of all slides' results, with one folder per slide."""
-        return self.root / "slides"
+    lock = PathBelow("root", ".lock")
+    """Lock file, which a run locks while it writes to the folder, and which is never removed."""
+    example = PathBelow("root", "example")
+    """Folder of the slides of `--example` and their cohort.csv."""
+    run_json = PathBelow("root", "run.json")
+    """File with the identity of the run: model, settings and cohort."""
+    settings_toml = PathBelow("root", "settings.toml")
+    """TOML file with the settings in effect, which can be given to `--config`."""
+    versions_json = PathBelow("root", "versions.json")
+    """File with the versions of Python and of the packages that determine results."""
+    slides_csv = PathBelow("root", "slides.csv")
+    """CSV file with the slides of the cohort and the status of each."""
+    failures_csv = PathBelow("root", "failures.csv")
+    """CSV file with the slides that failed since the run was last started; written when the run ends."""
+    summary_csv = PathBelow("root", "summary.csv")
+    """CSV file with the summary: one row per slide and one for the cohort."""
+    summary_parquet = PathBelow("root", "summary.parquet")
+    """Parquet file with the content of summary.csv in full precision."""
+    report_html = PathBelow("root", "report.html")
+    """HTML file with the first page of the report, written by the command `report`."""
+    report_slides = PathBelow("root", "report-slides")
+    """Folder of the further pages of a large cohort's report."""
+    logs = PathBelow("root", "logs")
+    """Folder of the run's logs, events.jsonl and ray.log."""
+    events_jsonl = PathBelow("logs", "events.jsonl")
+    """File with the run's events, one JSON object per line."""
+    ray_log = PathBelow("logs", "ray.log")
+    """File with Ray's own messages."""
+    slides = PathBelow("root", "slides")
+    """Folder of all slides' results, with one folder per slide."""
 
     @property
     def kept(self) -> tuple[Path, ...]:

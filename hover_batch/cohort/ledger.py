@@ -10,13 +10,12 @@ import contextlib
 import csv
 import hashlib
 import io
-import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Self
 
 import tomli_w
@@ -31,7 +30,7 @@ from hover_batch.cohort.run_key import ModelId, refuse_changes, refuse_other_sli
 from hover_batch.cohort.run_lock import locked
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
-from hover_batch.files import read_json, remove_leftovers, to_json, write_atomically, write_first
+from hover_batch.files import read_json, remove, remove_leftovers, to_json, write_atomically, write_first
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,7 @@ class Ledger:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -388,10 +385,7 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _remove(path: Path) -> None:
     """Remove a file, a link (not its target) or a folder with its content, and leftovers of killed writes."""
     remove_leftovers(path)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    remove(path)
 
 
 def _remove_empty(folder: Path) -> None:

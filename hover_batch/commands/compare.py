@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,6 +111,8 @@ def compare(
         raise InputError("give either --teacher or --against MODEL, and not both")
     if timing_only and not teacher:
         raise InputError("--timing-only: works only with --teacher; add that, or leave it out")
+    if minutes is not None and not math.isfinite(minutes):
+        raise InputError(f"--minutes {minutes}: must be a number of minutes; leave it out for no limit")
     if timing_only and truth is not None:
         raise InputError("--truth: random weights cannot be scored; leave out --truth or --timing-only")
     from dataclasses import replace

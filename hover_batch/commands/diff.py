@@ -87,6 +87,8 @@ def diff(
     for flag, path in (("--json", json_file), ("--html", html_file)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise InputError(f"{flag} {path}: give the path of a file in an existing folder")
+    if json_file is not None and html_file is not None and json_file.resolve() == html_file.resolve():
+        raise InputError(f"--json and --html: both name {json_file}; name two files")
     from hover_batch.diff.cohort import Limits
     from hover_batch.diff.run import diff_runs
     from hover_batch.files import to_json, write_atomically

@@ -81,12 +81,24 @@ CohortArgument = Annotated[
 
 
 def local_path(text: str) -> Path:
-    """Return `text`, the value of an option or argument, as a path on this machine. InputError if it is a URL."""
+    """Return `text`, the value of an option or argument, as a path on this machine.
+
+    InputError if it is a URL, or empty.
+    """
     if url := Url.of(text):
         raise InputError(
             f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; {instead_of_url(url)}"
         )
-    return Path(text)
+    return _path(text)
+
+
+def _path(text: str) -> Path:
+    """Return the path, with ~ expanded, as the shell does not after --output=. InputError if it is empty."""
+    if not text:  # it would be the current folder
+        raise InputError(
+            'a path is empty, perhaps because a variable is not set; give the path, or "." for this folder'
+        )
+    return Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
 
 
 RunArgument = Annotated[
@@ -165,7 +177,7 @@ def _further_variables(ctx: typer.Context) -> dict[str, Any]:
 def place(text: str) -> Path | Url:
     """Return `text`, the value of an option or argument, as a URL if it is one; otherwise as a path.
 
-    InputError if the URL has a user, password, query or fragment.
+    InputError if the URL has a user, password, query or fragment, or the text is empty.
     """
     url = Url.of(text)
     if url is not None and str(url) != url.text:
@@ -173,7 +185,7 @@ def place(text: str) -> Path | Url:
             f"{url}: the URL that you gave has a user, a password, a query or a fragment; leave this out, and "
             "give credentials in the environment"
         )
-    return url or Path(text)
+    return url or _path(text)
 
 
 def warn_of_unknown_variables(ctx: typer.Context) -> None:

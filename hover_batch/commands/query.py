@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hover_batch.commands.options import place
+from hover_batch.commands.options import local_path, place
 from hover_batch.commands.results import check_output, deliver, print_notes
 
 DatasetArgument = Annotated[
@@ -19,8 +19,9 @@ JoinOption = Annotated[
     typer.Option(
         "--join",
         metavar="FILE",
-        help="CSV or Parquet file with one row per patient; it becomes the table `clinical`. Empty cells and NA are "
-        "missing values.",
+        parser=local_path,
+        help="CSV or Parquet file with one row per patient; it becomes the table `clinical`. Empty cells, NA "
+        "and NaN are missing values.",
     ),
 ]
 OnOption = Annotated[
@@ -33,6 +34,7 @@ OutputOption = Annotated[
         "--output",
         "-o",
         metavar="FILE",
+        parser=local_path,
         help="Write the result to a .csv or .parquet file.",
         show_default="show it on the terminal",
     ),
@@ -64,7 +66,7 @@ def query(
     from hover_batch.dataset.interrupts import ended_by_ctrl_c
     from hover_batch.dataset.opened import Dataset
 
-    check_output(output, dataset)
+    check_output(output, dataset, join)
     with Dataset(dataset, join, on) as opened, ended_by_ctrl_c(opened.connection):
         print_notes(opened.notes)
         deliver(opened.select(sql), output)

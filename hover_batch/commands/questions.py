@@ -54,7 +54,7 @@ def _subject(
     from hover_batch.dataset.opened import Dataset
     from hover_batch.dataset.questions import Subject
 
-    check_output(output, dataset)
+    check_output(output, dataset, join)
     with Dataset(dataset, join, on) as opened, ended_by_ctrl_c(opened.connection):
         yield Subject.of(opened, model, without_flagged)
 

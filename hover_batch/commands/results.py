@@ -31,11 +31,11 @@ _IN_CSV = ("BOOLEAN", "INT", "INTEGER", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "T
 """Ends of the types that are written to a CSV by their values; all others, such as lists, become text."""
 
 
-def check_output(path: Path | None, dataset: Path | Url) -> None:
+def check_output(path: Path | None, dataset: Path | Url, join: Path | None) -> None:
     """Check, before a query runs, that its result can be written to `path`.
 
     `path`: value of --output; None without it. It must end in .csv or .parquet, and be in an existing folder outside
-    the data set. `dataset`: folder or URL of the data set.
+    the data set, and not the file of --join. `dataset`: folder or URL of the data set. `join`: value of --join.
 
     InputError if it cannot be written there.
     """
@@ -45,6 +45,8 @@ def check_output(path: Path | None, dataset: Path | Url) -> None:
         raise InputError(f"-o {path}: must end in .csv or .parquet")
     if isinstance(dataset, Path) and dataset.resolve() in path.resolve().parents:
         raise InputError(f"-o {path}: is in the data set, which must not change; name a file elsewhere")
+    if join is not None and path.resolve() == join.resolve():
+        raise InputError(f"-o {path}: is the file of --join, which would be lost; name another file")
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir():
         raise InputError(f"-o {path}: is a folder, or in one that does not exist; name a file in a folder that exists")
@@ -83,7 +85,7 @@ def _show(result: duckdb.DuckDBPyRelation) -> None:
 
     # FLOAT is printed with at most eight digits.
     shown = cast(result, {"DOUBLE": "FLOAT"}.get).limit(_READ).materialize()
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1_000_000
+    width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 1_000_000
     most = _READ if result.columns[:2] == ["column_name", "column_type"] else ROWS
     shown.show(max_rows=most, max_width=width, max_col_width=_CELL)
     if (rows := len(shown)) > most:

@@ -15,7 +15,7 @@ from hover_batch.formatting import counted, listed, nearest, suggestion
 
 _ON = "name another column with --on (in Python, the argument `on`)"
 
-_MISSING = ("", "NA")
+_MISSING = ("", "NA", "NaN", "nan")
 """Cells of a CSV that are missing values."""
 
 _IS_TEXT = "^(0[0-9]+|[0-9]{16,})$"
@@ -26,7 +26,8 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
     """Create the table `clinical` from the file `path`. Return notes about ids that only one of the tables has.
 
     The values of the column `on` become text without spaces around them. In a CSV, a column with values such as 007, or
-    of 16 or more digits, becomes text, too, and empty cells and NA are missing values. Rows without an id are left out.
+    of 16 or more digits, becomes text, too, and empty cells, NA and NaN are missing values. In a Parquet file,
+    NaN is a missing value. Rows without an id are left out.
 
     `connection`: DuckDB connection in which the table is created. `path`: CSV or Parquet file. `on`: column with the
     ids, in the file and in `slides`; in the file, upper and lower case do not matter. `slides`: table of the slides.
@@ -44,7 +45,14 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
     try:
         source, column = _source(connection, path, on)
         values = f"trim(CAST({identifier(column)} AS VARCHAR))"
-        rows = f"SELECT * REPLACE ({values} AS {identifier(column)}) FROM {source} WHERE {values} <> ''"
+        replaced = [f"{values} AS {identifier(column)}"]
+        given = connection.sql(f"FROM {source}")
+        for name, kind in zip(given.columns, given.types, strict=True):
+            if str(kind) in ("FLOAT", "DOUBLE") and name != column:
+                value = identifier(name)
+                # By its text: DuckDB takes isnan for false where the file's statistics, which leave NaN out, say so.
+                replaced.append(f"CAST(nullif(CAST({value} AS VARCHAR), 'nan') AS {kind}) AS {value}")
+        rows = f"SELECT * REPLACE ({', '.join(replaced)}) FROM {source} WHERE {values} <> ''"
         connection.execute(f"CREATE TABLE clinical AS {rows}").fetchall()
         ids = [row[0] for row in connection.sql(f"SELECT {identifier(column)} FROM clinical").fetchall()]
     except duckdb.Error as error:

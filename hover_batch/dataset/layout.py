@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hover_batch.cohort.layout import PathBelow
 from hover_batch.cohort.slide_id import suggest
 
 SLIDES_PARQUET = "slides.parquet"
@@ -33,20 +34,12 @@ class DatasetLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", self.root.absolute())
 
-    @property
-    def slides_parquet(self) -> Path:
-        """Parquet file with one row per slide and model."""
-        return self.root / SLIDES_PARQUET
-
-    @property
-    def lock(self) -> Path:
-        """Lock file. It is locked while a command writes to the data set, and never removed."""
-        return self.root / ".lock"
-
-    @property
-    def nuclei(self) -> Path:
-        """Folder with the files of nuclei, in one subfolder per model."""
-        return self.root / "nuclei"
+    slides_parquet = PathBelow("root", SLIDES_PARQUET)
+    """Parquet file with one row per slide and model."""
+    lock = PathBelow("root", ".lock")
+    """Lock file. It is locked while a command writes to the data set, and never removed."""
+    nuclei = PathBelow("root", "nuclei")
+    """Folder with the files of nuclei, in one subfolder per model."""
 
     def model_folder(self, model: str) -> Path:
         """Return the folder with the files of the nuclei that a model found. `model`: result of `model_key`."""

@@ -13,7 +13,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import duckdb
@@ -122,9 +121,7 @@ class Dataset:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -155,6 +152,8 @@ class Dataset:
         InputError if `query` is not exactly one SELECT, or names a table or column that does not exist.
         """
         query = query.strip().rstrip(";")
+        if not query.isascii() and any("\ud800" <= letter <= "\udfff" for letter in query):
+            raise InputError("the query has bytes that are not UTF-8; write it in a UTF-8 terminal or file")
         with query_errors():
             kinds = [statement.type for statement in self.connection.extract_statements(query)]
             if kinds != [duckdb.StatementType.SELECT]:
@@ -347,5 +346,6 @@ def _frame(relation: duckdb.DuckDBPyRelation) -> pd.DataFrame:
     frame: pd.DataFrame = relation.to_arrow_table().to_pandas()
     for name, kind in zip(relation.columns, relation.types, strict=True):
         if str(kind).startswith("GEOMETRY"):
-            frame[name] = shapely.from_wkb(frame[name].to_numpy())
+            of_lists = str(kind).endswith("[]")
+            frame[name] = frame[name].map(shapely.from_wkb) if of_lists else shapely.from_wkb(frame[name].to_numpy())
     return frame

@@ -2,65 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 
 from hover_batch.cohort.record import Url
-from hover_batch.dataset.bucket_storage import check_bucket, open_bucket
-from hover_batch.dataset.folder_storage import check_folder, open_folder
+from hover_batch.dataset.bucket_storage import BucketStorage, check_bucket, open_bucket
+from hover_batch.dataset.folder_storage import FolderStorage, check_folder, open_folder
 from hover_batch.dataset.slides import SlideEntry, entries_of, named_files, with_rows
 
-
-class Storage(Protocol):
-    """Place of a data set that is open for writing. Names of files are relative to the data set."""
-
-    @property
-    def where(self) -> Path | Url:
-        """Folder or URL of the data set."""
-
-    @property
-    def root(self) -> Path:
-        """Folder on disk in which new files are written, under their names in the data set."""
-
-    @property
-    def table(self) -> pa.Table:
-        """Content of slides.parquet as a table, one row per slide and model."""
-
-    def holds(self, names: Collection[str]) -> bool:
-        """Return whether the data set has all files in `names`."""
-
-    def fetch(self, names: Collection[str]) -> list[Path]:
-        """Return the paths on disk of the files `names`, in order. Files in a bucket are downloaded first.
-
-        InputError if a file in a bucket is missing or access is denied, UploadError if the bucket cannot be read,
-        OSError if the disk is full.
-        """
-
-    def add(self, names: Collection[str]) -> None:
-        """Add the files `names`, which are complete under these names in `root`, to the data set.
-
-        For a bucket, they are uploaded and then removed from `root`.
-
-        InputError if access is denied, UploadError if a file cannot be uploaded.
-        """
-
-    def replace_table(self, table: pa.Table) -> None:
-        """Replace slides.parquet by `table` in one step.
-
-        In a folder, OSError if it cannot be written. In a bucket, UploadError if it cannot be written, InputError if
-        another command has changed it or access is denied, OSError if the disk for temporary files is full.
-        """
-
-    def remove(self, names: Collection[str]) -> None:
-        """Remove the files of nuclei `names`. Files that do not exist are ignored.
-
-        In a folder, OSError if a file cannot be removed. In a bucket, InputError if access is denied, otherwise
-        UploadError.
-        """
+Storage = BucketStorage | FolderStorage
+"""Place of a data set that is open for writing. Names of files are relative to the data set."""
 
 
 def check_place(where: Path | Url, flag: str) -> None:
@@ -97,30 +51,20 @@ def open_writer(where: Path | Url, flag: str) -> Iterator[DatasetWriter]:
 
 
 class DatasetWriter:
-    """Writer of a data set, from `open_writer`."""
+    """Writer of a data set, from `open_writer`.
+
+    `where`: folder or URL of the data set. `root`: folder on disk in which new files are written, under their names in
+    the data set. `table`: content of slides.parquet as a table, one row per slide and model.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._table = storage.table
-
-    @property
-    def where(self) -> Path | Url:
-        """Folder or URL of the data set."""
-        return self._storage.where
-
-    @property
-    def root(self) -> Path:
-        """Folder on disk in which new files are written, under their names in the data set."""
-        return self._storage.root
-
-    @property
-    def table(self) -> pa.Table:
-        """Content of slides.parquet as a table, one row per slide and model."""
-        return self._table
+        self.where: Path | Url = storage.where
+        self.root, self.table = storage.root, storage.table
 
     def entries(self, model: str) -> dict[str, SlideEntry]:
         """Return the rows of slides.parquet of one model, by slide_id. `model`: result of `model_key`."""
-        return {entry.slide_id: entry for entry in entries_of(self._table) if entry.model == model}
+        return {entry.slide_id: entry for entry in entries_of(self.table) if entry.model == model}
 
     def holds(self, entry: SlideEntry) -> bool:
         """Return whether the data set has all files of nuclei of a slide. `entry`: its row of slides.parquet."""
@@ -149,10 +93,10 @@ class DatasetWriter:
         if a request fails, InputError if access is denied or another command has changed the data set, OSError if the
         disk for temporary files is full.
         """
-        before, table = named_files(self._table), with_rows(self._table, rows)
+        before, table = named_files(self.table), with_rows(self.table, rows)
         self._storage.add(named_files(rows))
-        if table.equals(self._table):
+        if table.equals(self.table):
             return
         self._storage.replace_table(table)
-        self._table = table
+        self.table = table
         self._storage.remove(before - named_files(table))

@@ -233,9 +233,16 @@ def joined(address: str, log: Path) -> Iterator[None]:
 
 
 def _host_port(address: str) -> tuple[str, int] | None:
-    """Return host and port of an address HOST:PORT; None for other forms (auto, local, ray://…), which Ray resolves."""
+    """Return host and port of an address HOST:PORT; None for other forms (auto, local, ray://…), which Ray resolves.
+
+    InputError if the port is not a number from 1 to 65535.
+    """
     host, colon, port = address.rpartition(":")
-    return (host.strip("[]"), int(port)) if colon and "/" not in host and port.isdigit() else None
+    if not colon or "/" in address:
+        return None
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise InputError(f"--address {address}: its port is not a number from 1 to 65535; give HOST:PORT")
+    return host.strip("[]"), int(port)
 
 
 def _require_listener(address: str, host: str, port: int) -> None:

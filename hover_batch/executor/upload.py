@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from hover_batch.bucket import BucketFolder, upload_tree
@@ -164,9 +163,7 @@ class RunUpload:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Upload the files of the whole run, too, and wait for all uploads; if the run was interrupted, stop them."""
         if not self._thread.is_alive():
             return

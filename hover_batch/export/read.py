@@ -92,7 +92,7 @@ class NucleiTable:
                 metadata_json = (file.metadata.metadata or {}).get(b"hover_batch")
                 schema, rows = file.schema_arrow.remove_metadata(), file.metadata.num_rows
             if metadata_json is None:
-                raise ValueError("another program wrote it")
+                raise SlideError(f"{path}: is not a table of nuclei; give the nuclei.parquet of a slide")
             if missing := sorted(_COLUMNS.keys() - set(schema.names)):
                 raise ValueError(f"it has no column {', '.join(missing)}")
             for name, kind in _COLUMNS.items():

@@ -27,24 +27,6 @@ Predict = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """Function from tiles (n, tile_in, tile_in, 3) to their maps (n, plane, tile_out, tile_out), as `Predictor.predict`."""
 
 
-class Pending(Protocol):
-    """Batch that was submitted.
-
-    `seconds`: time for which the device computed. `span`: start and end in seconds since 1970. Both are known after
-    `result`.
-    """
-
-    seconds: float
-    span: tuple[float, float]
-
-    def result(self) -> NDArray[np.uint8]:
-        """Wait for the maps, (n, plane, tile_out, tile_out) uint8, and return them.
-
-        Errors of the network propagate.
-        """
-        ...
-
-
 class Computed:
     """Batch that is computed at once, in the calling thread. `clock`: measures `seconds`."""
 
@@ -148,6 +130,14 @@ class InFlight:
             return None
         self.seconds = self._computed.seconds
         return block[:-1].reshape(self._shape) if block[-1] else None
+
+
+Pending = Computed | InFlight
+"""Batch that was submitted.
+
+`seconds`: time for which the device computed. `span`: start and end in seconds since 1970. Both are known after
+`result`, which waits for the maps, (n, plane, tile_out, tile_out) uint8, and returns them.
+"""
 
 
 def in_flight(

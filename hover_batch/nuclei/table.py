@@ -99,12 +99,8 @@ class MergeResult:
 
     nuclei: int
     """Number of nuclei in the merged table."""
-    by_class: dict[str, int]
-    """Number of nuclei by class name, in the order of the taxonomy, zeros included."""
     seam_uncertain: int
     """Number of nuclei flagged as `seam_uncertain`."""
-    dropped: int
-    """Number of nuclei that `select` removed."""
 
 
 def table_schema(taxonomy: Taxonomy, calibrated: Collection[str] = ()) -> pa.Schema:
@@ -242,57 +238,42 @@ def merge_parts(
     if a part is corrupted.
     """
     schema = table_schema(context.taxonomy, context.scalings)
-    by_type = np.zeros(len(context.taxonomy.classes), np.int64)
-    rows_of_regions = _Rows(parts, part_schema(context.taxonomy, context.scalings), select)
+    rows_of_regions = _rows(parts, part_schema(context.taxonomy, context.scalings), select)
     numbered = uncertain = 0
     with replacing(out) as temporary, geoparquet_writer(temporary, schema, context.to_json()) as write_group:
         for group in _cut(rows_of_regions, ROW_GROUP):
             ids = np.arange(numbered + 1, numbered + 1 + len(group), dtype=np.uint32)
             numbered += len(group)
-            by_type += np.bincount(group["type_id"].to_numpy(), minlength=len(by_type))
             uncertain += int(np.count_nonzero(group["seam_uncertain"].to_numpy()))
             # The folder of the parts may have been renamed, together with the slide in the cohort.
             named = group.set_column(0, schema.field("slide_id"), pa.repeat(context.slide_id, len(group)))
             write_group(named.add_column(1, schema.field("nucleus_id"), pa.array(ids)).cast(schema))
-    return MergeResult(
-        nuclei=numbered,
-        by_class={c.name: int(by_type[c.id]) for c in context.taxonomy.nuclei},
-        seam_uncertain=uncertain,
-        dropped=rows_of_regions.dropped,
-    )
+    return MergeResult(numbered, uncertain)
 
 
-class _Rows:
-    """Nuclei of each row of regions in turn, sorted by anchor. Iterate only once."""
-
-    def __init__(self, parts: Iterable[tuple[int, Path]], schema: pa.Schema, select: Selection | None) -> None:
-        self.dropped = 0
-        self._files: dict[int, list[Path]] = {}
-        for row, path in parts:
-            self._files.setdefault(row, []).append(path)
-        self._schema = schema
-        self._select = select
-
-    def __iter__(self) -> Iterator[pa.Table]:
-        last = (-1, -1)
-        for row in sorted(self._files):
-            table = pa.concat_tables([_read_part(path, self._schema) for path in sorted(self._files[row])])
-            y, x = table["anchor_y"].to_numpy(), table["anchor_x"].to_numpy()
-            order = np.lexsort((x, y))
-            y, x = y[order], x[order]
-            again = (np.diff(y) == 0) & (np.diff(x) == 0)
-            if len(y) and ((int(y[0]), int(x[0])) <= last or again.any()):
-                raise SlideError(
-                    f"two regions hold the same nucleus, in row {row} of the regions or across its upper edge: the "
-                    f"parts in {self._files[row][0].parent} are from different runs; remove that folder and run again"
-                )
-            if len(y):
-                last = (int(y[-1]), int(x[-1]))
-            if self._select is not None:
-                chosen = self._select(table["centroid_x"].to_numpy(), table["centroid_y"].to_numpy())
-                self.dropped += int(np.count_nonzero(~chosen))
-                order = order[chosen[order]]
-            yield table.take(pa.array(order)).drop_columns(["anchor_y", "anchor_x"])
+def _rows(parts: Iterable[tuple[int, Path]], schema: pa.Schema, select: Selection | None) -> Iterator[pa.Table]:
+    """Yield the nuclei of each row of regions in turn, sorted by anchor."""
+    files: dict[int, list[Path]] = {}
+    for row, path in parts:
+        files.setdefault(row, []).append(path)
+    last = (-1, -1)
+    for row in sorted(files):
+        table = pa.concat_tables([_read_part(path, schema) for path in sorted(files[row])])
+        y, x = table["anchor_y"].to_numpy(), table["anchor_x"].to_numpy()
+        order = np.lexsort((x, y))
+        y, x = y[order], x[order]
+        again = (np.diff(y) == 0) & (np.diff(x) == 0)
+        if len(y) and ((int(y[0]), int(x[0])) <= last or again.any()):
+            raise SlideError(
+                f"two regions hold the same nucleus, in row {row} of the regions or across its upper edge: the parts "
+                f"in {files[row][0].parent} are from different runs; remove that folder and run again"
+            )
+        if len(y):
+            last = (int(y[-1]), int(x[-1]))
+        if select is not None:
+            chosen = select(table["centroid_x"].to_numpy(), table["centroid_y"].to_numpy())
+            order = order[chosen[order]]
+        yield table.take(pa.array(order)).drop_columns(["anchor_y", "anchor_x"])
 
 
 def _read_part(path: Path, schema: pa.Schema) -> pa.Table:

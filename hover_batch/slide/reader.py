@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,44 +30,6 @@ _LEVEL_TOLERANCE = 0.01
 """Fraction by which a level may be coarser than the grid: 1 % is not worth reading a level four times as large."""
 
 
-class SlideReader(Protocol):
-    """Open slide, which reads pixels on any grid. Its context manager closes it. Several threads may use it at once."""
-
-    @property
-    def info(self) -> SlideInfo:
-        """Properties of the slide: its size, pixel size, format and warnings."""
-        ...
-
-    def read(self, box: Box, grid: Grid) -> NDArray[np.uint8]:
-        """Return the pixels of a box as RGB (y, x, 3) uint8, resampled to a grid over the slide.
-
-        A pixel does not depend on the box in which it is read.
-
-        `box`: in pixels of `grid`; outside of `grid.size`, the picture is mirrored. `grid`: inference grid, or any
-        other grid over this slide.
-
-        ValueError if the grid belongs to a slide of another size, SlideError if the pixels cannot be read.
-        """
-        ...
-
-    def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
-        """Return the whole canvas as RGB (y, x, 3) uint8, with a longer side of at most `max_side` pixels.
-
-        A smaller canvas is not enlarged. SlideError if the pixels cannot be read.
-        """
-        ...
-
-    def close(self) -> None:
-        """Close the slide's files. The slide cannot be read afterwards."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
 def open_slide(record: SlideRecord) -> SlideReader:
     """Open a slide on disk for reading; the caller closes it.
 
@@ -83,11 +44,15 @@ def open_slide(record: SlideRecord) -> SlideReader:
     kind = kind_of(record.file)
     info = describe(record, read_header(record.file, kind))
     with slide_errors(record.file):
-        return GridReader(info, open_source(record.file, kind), record.file)
+        return SlideReader(info, open_source(record.file, kind), record.file)
 
 
-class GridReader:
-    """SlideReader of the slide `info` that reads from any `Source`. `path` is used in error messages."""
+class SlideReader:
+    """Open slide, which reads pixels on any grid. Its context manager closes it. Several threads may use it at once.
+
+    `info`: properties of the slide: its size, pixel size, format and warnings. `source`: the slide's open `Source`.
+    `path`: used in error messages.
+    """
 
     def __init__(self, info: SlideInfo, source: Source, path: Path) -> None:
         self.info = info
@@ -137,7 +102,7 @@ class GridReader:
             self._fill_halves(out, box, grid, level)
             return
         pixels = self.source.read(level, needed)
-        resample(pixels, rows - needed.y0, weights_y, columns - needed.x0, weights_x, out)
+        resample(np.ascontiguousarray(pixels), rows - needed.y0, weights_y, columns - needed.x0, weights_x, out)
 
     def _fill_halves(self, out: NDArray[np.uint8], box: Box, grid: Grid, level: int) -> None:
         if box.width >= box.height:
@@ -158,15 +123,13 @@ class GridReader:
         return self.read(grid.size.box, grid)
 
     def close(self) -> None:
-        """Close the source. The slide cannot be read afterwards."""
+        """Close the slide's files. The slide cannot be read afterwards."""
         self.source.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -52,6 +52,7 @@ def _catmull_rom(distance: NDArray[np.float64]) -> NDArray[np.float64]:
     return inside
 
 
+@njit(cache=True, nogil=True)
 def resample(
     source: NDArray[np.uint8],
     rows: NDArray[np.int64],
@@ -60,7 +61,7 @@ def resample(
     column_weights: NDArray[np.int32],
     out: NDArray[np.uint8],
 ) -> None:
-    """Resample `source`, RGB (y, x, 3) uint8, into `out`, RGB (h, w, 3) uint8, which is changed in place.
+    """Resample `source`, contiguous RGB (y, x, 3) uint8, into `out`, RGB (h, w, 3) uint8, which is changed in place.
 
     Each output pixel is the weighted sum of source pixels, rounded and clipped to 0 … 255.
 
@@ -68,18 +69,6 @@ def resample(
     lie inside the source, which is not checked. `row_weights`, `column_weights`: their weights, int32 of the same
     shapes (see `taps`).
     """
-    _resample(np.ascontiguousarray(source), rows, row_weights, columns, column_weights, out)
-
-
-@njit(cache=True, nogil=True)
-def _resample(
-    source: NDArray[np.uint8],
-    rows: NDArray[np.int64],
-    row_weights: NDArray[np.int32],
-    columns: NDArray[np.int64],
-    column_weights: NDArray[np.int32],
-    out: NDArray[np.uint8],
-) -> None:
     width = source.shape[1] * 3
     flat = source.reshape(source.shape[0], width)
     total = np.empty(width, np.int32)

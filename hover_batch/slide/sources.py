@@ -12,7 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -29,28 +29,6 @@ _LATTICE = 1024
 """Side in pixels of the blocks in which levels with a fractional downsample are read."""
 _TIFF_CACHE_BYTES = 1 << 26
 """Size in bytes of the cache of decoded chunks of an OME-TIFF."""
-
-
-class Source(Protocol):
-    """Open slide that reads pixels of its levels unchanged, without resampling."""
-
-    @property
-    def levels(self) -> tuple[Size, ...]:
-        """Sizes of the slide's levels in pixels, largest first."""
-        ...
-
-    def read(self, level: int, box: Box) -> NDArray[np.uint8]:
-        """Return the pixels of a box of a level as RGB (y, x, 3) uint8; transparent or missing parts are white.
-
-        `level`: index in `levels`. `box`: in pixels of that level; it must lie inside the level.
-
-        Errors of the library propagate.
-        """
-        ...
-
-    def close(self) -> None:
-        """Close the slide's files, or free its memory. Nothing can be read afterwards."""
-        ...
 
 
 def open_source(path: Path, kind: Kind) -> Source:
@@ -219,6 +197,9 @@ class PictureSource:
         """Free the memory of the picture. Nothing can be read afterwards."""
         self._pixels = np.empty((0, 0, 3), np.uint8)
 
+
+Source = OpenSlideSource | TiffSource | DicomSource | PictureSource
+"""Open slide that reads pixels of its levels unchanged, without resampling. `levels`: their sizes, largest first."""
 
 _OPAQUE = 0xFF000000
 """Least value of an opaque RGBA pixel as one little-endian number, whose highest byte is A."""

@@ -18,7 +18,7 @@ from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.geometry import Grid, Mpp, Size, cell_box
 from hover_batch.slide.headers import SlideInfo, kind_of, level_ratios
-from hover_batch.slide.reader import GridReader, SlideReader
+from hover_batch.slide.reader import SlideReader
 from hover_batch.slide.reopen import reopen
 from hover_batch.slide.sources import open_source
 
@@ -103,4 +103,4 @@ def _thumbnail(path: Path, table: NucleiTable, missing: str) -> Backdrop:
         warnings=(),
     )
     ratio = min(level_ratios(table.level0, source.levels[0]))
-    return Backdrop(GridReader(info, source, path), 2 ** max(0, math.floor(math.log2(ratio))), missing)
+    return Backdrop(SlideReader(info, source, path), 2 ** max(0, math.floor(math.log2(ratio))), missing)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hover_batch.errors import InputError
 from hover_batch.formatting import plain_console
-from kd.commands.options import Data, check_package_file
+from kd.commands.options import Data, PackageArgument, PackageFile, Source, Threads, check_package_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from kd.evaluation.calibrate import Trial
 
 WORTHWHILE = 0.003
@@ -21,19 +20,13 @@ WORTHWHILE = 0.003
 
 
 def calibrate(
-    model: Annotated[
-        str, typer.Argument(help="Model package: `starter`, a .safetensors file, or its folder.", show_default=False)
-    ],
+    model: PackageArgument,
     data: Data,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Package to write, a .safetensors file.", show_default=False)
-    ],
-    source: Annotated[
-        list[str] | None, typer.Option(help="Source of the data to use; repeat for several.", show_default="all")
-    ] = None,
+    out: PackageFile,
+    source: Source = None,
     fold: Annotated[str, typer.Option(help="Fold whose images the search uses.")] = "val",
     check: Annotated[str, typer.Option(help="Fold on which the result is checked.")] = "test",
-    threads: Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")] = 0,
+    threads: Threads = 0,
 ) -> None:
     """Find the best Sobel constants and measure the errors of a model; write both to a copy of its package.
 
@@ -90,10 +83,11 @@ def calibrate(
         typer.echo(f"note: --check {check}: {data} has no such image of this fold; the result is not checked", err=True)
     batch = batch_of(package.card, (s.image.shape for images in samples.values() for s in images))
     predictor = load_predictor(package, InferSettings(threads=threads, batch=batch))
+    maps_of = partial(predict_image, predictor)
     predicted = {}
     for name, images in samples.items():
         typer.echo(f"predicting {len(images)} images of {name}", err=True)
-        predicted[name] = predict_all(lambda image: predict_image(predictor, image), images)
+        predicted[name] = predict_all(maps_of, images)
     found = search(predicted[fold])
     typer.echo("search done; trying other numbers", err=True)
     trials = {
@@ -121,13 +115,8 @@ def calibrate(
     if read[fold].taxonomy != package.card.taxonomy:
         typer.echo("note: the classes of the data are not the model's, so type_prob is not calibrated", err=True)
         compared = {name: [dataclasses.replace(s, types=None) for s in images] for name, images in samples.items()}
-    paired = [
-        image
-        for images in compared.values()
-        for image in paired_images(
-            lambda image: predict_image(predictor, image), images, found.constants, package.card.taxonomy
-        )
-    ]
+    all_compared = chain.from_iterable(compared.values())
+    paired = paired_images(maps_of, all_compared, found.constants, package.card.taxonomy)
     uncertainty, measured = fit_uncertainty(paired), evidence(paired)
     for line in notes(uncertainty, measured):
         typer.echo(line)
@@ -171,9 +160,5 @@ def _print(title: str, trials: dict[str, Trial]) -> None:
         table.add_column(column, justify="right" if column else "left")
     for name, t in trials.items():
         cells = (f"{t.pq[s]:.4f} / {t.f_d[s]:.4f} / {t.count[s]:.2f}" for s in sources)
-        table.add_row(name, *cells, _means((t.mean_pq, t.mean_f_d)))
+        table.add_row(name, *cells, f"{t.mean_pq:.4f} / {t.mean_f_d:.4f}")
     plain_console(width=max(80, 24 * (len(sources) + 2))).print(table)
-
-
-def _means(values: Iterable[float]) -> str:
-    return " / ".join(f"{v:.4f}" for v in values)

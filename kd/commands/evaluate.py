@@ -10,13 +10,11 @@ import typer
 
 from hover_batch.config import PostSettings, SobelNorm
 from hover_batch.errors import InputError
-from kd.commands.options import Data, MinAreaPx
+from kd.commands.options import Data, MinAreaPx, PackageArgument, Threads
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="Model package: `starter`, a .safetensors file, or its folder.", show_default=False)
-    ],
+    model: PackageArgument,
     data: Data,
     fold: Annotated[
         list[str] | None,
@@ -76,7 +74,7 @@ def evaluate(
             "if an image is that large.",
         ),
     ] = False,
-    threads: Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")] = 0,
+    threads: Threads = 0,
 ) -> None:
     """Score a model package on annotated images, source by source.
 

@@ -18,6 +18,16 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+PackageArgument = Annotated[
+    str, typer.Argument(help="Model package: `starter`, a .safetensors file, or its folder.", show_default=False)
+]
+PackageFile = Annotated[
+    Path, typer.Option("--out", "-o", help="Package to write, a .safetensors file.", show_default=False)
+]
+Source = Annotated[
+    list[str] | None, typer.Option(help="Source of the data to use; repeat for several.", show_default="all")
+]
+Threads = Annotated[int, typer.Option(help="Threads of the network on the CPU; 0 = all cores.")]
 MinAreaPx = Annotated[
     int,
     typer.Option(

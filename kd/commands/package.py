@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kd.commands.options import Data, check_package_file
+from kd.commands.options import Data, PackageFile, check_package_file
 
 
 def package(
@@ -15,9 +15,7 @@ def package(
         Path, typer.Argument(help="checkpoint.pt in the output folder of `kd train`.", show_default=False)
     ],
     data: Data,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Package to write, a .safetensors file.", show_default=False)
-    ],
+    out: PackageFile,
 ) -> None:
     """Turn a checkpoint of `kd train` into a model package for `segment`.
 

@@ -13,6 +13,7 @@ from hover_batch.model.cost import Cost
 from kd.data.classes import PARTIAL
 from kd.evaluation.evaluate_package import Evaluation
 from kd.evaluation.paired import Baseline, Paired
+from kd.evaluation.scores import shown
 from kd.evaluation.shift_scores import SCORES, ShiftScores
 
 SHOWN = {"pq": "PQ", "dice": "Dice", "f_d": "F_d"}
@@ -57,10 +58,10 @@ def _scores(evaluation: Evaluation) -> Table:
         table.add_column(" ".join([s.source, *marks]), justify="right")
     for name, value in columns[0].items():
         if isinstance(value, int | float) or value is None:
-            table.add_row(name, *(_cell(c[name]) for c in columns))
+            table.add_row(name, *(shown(c[name]) for c in columns))
     for kind in ("pq_c", "f_c"):
         for name in dict.fromkeys(n for c in columns for n in c[kind]):
-            table.add_row(f"{kind[:-2]} {name}", *(_cell(c[kind].get(name)) for c in columns))
+            table.add_row(f"{kind[:-2]} {name}", *(shown(c[kind].get(name)) for c in columns))
     return table
 
 
@@ -95,7 +96,7 @@ def shift_table(rows: Sequence[ShiftScores], title: str) -> Table:
             source = row.source
             table.add_section()
             table.add_row(source, style="bold")
-        cells = [cell for name in SCORES for cell in (_cell(row.scores[name]), _signed(row.changes[name]))]
+        cells = [cell for name in SCORES for cell in (shown(row.scores[name]), _signed(row.changes[name]))]
         mark = " ◀" if row.collapsed else ""
         table.add_row(f"{row.shift}{mark}", *cells, style="bold red" if row.collapsed else None)
     return table
@@ -114,15 +115,9 @@ def _paired(rows: Sequence[Paired], old: Baseline, name: str) -> Table:
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         interval = "–" if math.isnan(row.low) else f"{row.low:+.4f} to {row.high:+.4f}"
-        numbers = (_cell(row.new), _cell(row.old), _signed(row.difference), interval)
+        numbers = (shown(row.new), shown(row.old), _signed(row.difference), interval)
         table.add_row(row.source, *numbers, f"{row.better}, {row.worse} of {row.images}")
     return table
-
-
-def _cell(value: float | int | None) -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def _signed(value: float) -> str:

@@ -149,6 +149,7 @@ def _print(ended: list[Ended]) -> None:
     """Print the report as a table, without the columns that are part of the name of a run."""
     from rich.table import Table
 
+    from kd.evaluation.scores import shown
     from kd.sweep import report
 
     rows = [{k: v for k, v in r.items() if k not in ("encoder", "alpha", "temperature", "seed")} for r in report(ended)]
@@ -157,11 +158,5 @@ def _print(ended: list[Ended]) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column in ("run", "failed") else "right")
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+        table.add_row(*(shown(row.get(column)) for column in columns))
     plain_console().print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return value if isinstance(value, str) else f"{value:.4f}"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hover_batch.config import EngineSettings
-from kd.commands.options import Address, BackendOption, Cpus, Gpus
+from kd.commands.options import Address, BackendOption, Cpus, Gpus, Source
 
 
 def teach(
@@ -36,9 +36,7 @@ def teach(
         list[str] | None,
         typer.Option(help="Fold of the data; repeat for several.", show_default="train and val"),
     ] = None,
-    source: Annotated[
-        list[str] | None, typer.Option(help="Source of the data to use; repeat for several.", show_default="all")
-    ] = None,
+    source: Source = None,
     batch: Annotated[int, typer.Option(help="Tiles per batch.")] = 4,
     tta: Annotated[
         int,

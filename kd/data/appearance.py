@@ -33,8 +33,8 @@ def random_appearance(image: NDArray[np.uint8], rng: np.random.Generator) -> NDA
         image = jitter_stain(image, rng)
     if rng.random() < 0.5:
         image = jitter_color(image, rng)
-    if rng.random() < 0.5:
-        image = jitter_gamma(image, rng)
+    if rng.random() < 0.5:  # the dark results resemble old scanners and thick sections, where nuclei are black
+        image = change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
     if rng.random() < 0.15:
         image = sharpen(image, rng)
     if rng.random() < 0.25:
@@ -153,17 +153,6 @@ def jitter_color(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[
     shift = int(rng.integers(-6, 7))  # OpenCV's hue has 180 steps
     hsv[..., 0] = (hsv[..., 0].astype(np.int16) + shift) % 180
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.uint8)
-
-
-def jitter_gamma(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Return an image (y, x, 3) uint8 with randomly lighter or darker midtones (see `change_gamma`).
-
-    The logarithm of the exponent is uniformly distributed; the exponent is between 0.6 and 2.5. Dark results resemble
-    images from old scanners and of thick sections, where nuclei are black.
-
-    `rng`: generator of the random numbers; it is advanced.
-    """
-    return change_gamma(image, math.exp(rng.uniform(math.log(0.6), math.log(2.5))))
 
 
 def change_gamma(image: NDArray[np.uint8], exponent: float) -> NDArray[np.uint8]:

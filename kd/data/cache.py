@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from hover_batch.errors import DISK_FULL, InputError
+from hover_batch.files import remove
 from hover_batch.taxonomy import Taxonomy
 from kd.data.samples import Sample
 from kd.data.stores import ARRAYS, Arrays, NpzStore, Store, ZarrStore
@@ -146,17 +147,17 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
         except InputError as error:
             raise InputError(f"--out {path}: exists and is not a cache of this format; remove it first") from error
     temporary = path.with_name(f".partial.{path.name}")
-    _remove(temporary)  # left by a killed run
+    remove(temporary)  # left by a killed run
     try:
         writer = CacheWriter(temporary, path)
         yield writer
         writer.finish(taxonomy)
         with _failures(path):
             if path.is_dir():
-                _remove(path)  # os.replace does not replace a folder that is not empty
+                shutil.rmtree(path)  # os.replace does not replace a folder that is not empty
             os.replace(temporary, path)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 @contextmanager
@@ -217,26 +218,22 @@ class Cache:
     def _read(self, i: int, entry: Entry, offset: int) -> Sample:
         try:
             arrays = self._store.read(i, (entry.height, entry.width), offset)
-            intact = _sha256(arrays) == entry.sha256
+            if _sha256(arrays) != entry.sha256:
+                raise ValueError("checksum mismatch")
         except Exception as error:  # zarr, its codecs, zip and numpy raise many kinds for corrupted files
-            raise self._corrupted(entry) from error
-        if not intact:
-            raise self._corrupted(entry)
-        types = arrays["types"] if entry.typed else None
+            raise InputError(
+                f"{self._path}: the image {entry.id} is corrupted; run `hover-batch kd prepare` again to replace the "
+                "cache"
+            ) from error
         return Sample(
             id=entry.id,
             source=entry.source,
             group=entry.group,
             image=arrays["image"],
             instances=arrays["instances"],
-            types=types,
+            types=arrays["types"] if entry.typed else None,
             tissue=entry.tissue,
             fold=entry.fold,
-        )
-
-    def _corrupted(self, entry: Entry) -> InputError:
-        return InputError(
-            f"{self._path}: the image {entry.id} is corrupted; run `hover-batch kd prepare` again to replace the cache"
         )
 
 
@@ -264,10 +261,3 @@ def _sha256(arrays: Arrays) -> str:
         digest.update(f"{arrays[name].shape}".encode())
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ import math
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,31 +20,6 @@ ARRAYS = {"image": (np.uint8, (3,)), "instances": (np.int32, ()), "types": (np.u
 
 Arrays = dict[str, NDArray[Any]]
 """Arrays (y, x, …) of one image, by the names in ARRAYS."""
-
-
-class Store(Protocol):
-    """Storage of a cache. Images are appended in order, then `finish` writes the header; they are read in any order."""
-
-    @property
-    def header(self) -> dict[str, Any]:
-        """Header that `finish` wrote, as JSON values; some stores raise KeyError if there is none."""
-
-    def append(self, i: int, arrays: Arrays) -> None:
-        """Append the arrays of one image.
-
-        `i`: number of the image; images are numbered from 0 in the order in which they are appended. `arrays`: an array
-        (y, x) or (y, x, 3) for each name in ARRAYS. Raises OSError if they cannot be written.
-        """
-
-    def finish(self, header: dict[str, Any]) -> None:
-        """Write `header` (JSON values), and close the store. Raises OSError if it cannot be written."""
-
-    def read(self, i: int, shape: tuple[int, int], offset: int) -> Arrays:
-        """Return the arrays of image `i`, by the names in ARRAYS.
-
-        `shape`: (y, x) of the image. `offset`: number of pixels of all images before it. Errors of the library
-        propagate.
-        """
 
 
 class ZarrStore:
@@ -205,3 +180,7 @@ class NpzStore:
     def _load(self, name: str) -> NDArray[Any]:
         with self._zip.open(f"{name}.npy") as f:
             return np.asarray(np.load(f, allow_pickle=False))
+
+
+Store = ZarrStore | NpzStore
+"""Storage of a cache. Images are appended in order, then `finish` writes the header; they are read in any order."""

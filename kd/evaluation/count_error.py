@@ -98,8 +98,11 @@ def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
     same_slide = _same((image.source, image.slide) for image in images)
     fields_known = same_slide.sum() > len(images)
     parts = [same_source, same_slide, np.diag(per_mm2)]
+    total = max(float(np.var(y)), 1e-4)
+    scale = np.array([total, total, total / float(np.median(per_mm2))])
 
-    def deviance(variances: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def deviance(scaled: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        variances = scaled * scale
         v = np.tensordot(variances, parts, 1) + np.diag(noise)
         inverse = np.linalg.inv(v)
         information = inverse.sum()
@@ -108,17 +111,11 @@ def fit_count_error(images: Sequence[CountedImage]) -> CountError | None:
         gradient = np.array([(projected * part).sum() - residual @ part @ residual for part in parts])
         gradient[0] -= 1 / variances[0]
         prior = math.log(variances[0])  # twice the logarithm of the standard deviation
-        return float(np.linalg.slogdet(v)[1] + math.log(information) + y @ residual) - prior, gradient
+        return float(np.linalg.slogdet(v)[1] + math.log(information) + y @ residual) - prior, gradient * scale
 
-    def scaled(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        value, gradient = deviance(x * scale)
-        return value, gradient * scale
-
-    total = max(float(np.var(y)), 1e-4)
-    scale = np.array([total, total, total / float(np.median(per_mm2))])
     bounds = [(1e-6, 20), (0, 20), (0, 20 if fields_known else 0)]
     starts = [np.array(start) for start in ((0.3, 0.3, 0.3), (0.05, 0.05, 0.8))]
-    tries = [minimize(scaled, x, jac=True, method="L-BFGS-B", bounds=bounds) for x in starts]
+    tries = [minimize(deviance, x, jac=True, method="L-BFGS-B", bounds=bounds) for x in starts]
     source, slide, field = min(tries, key=lambda found: float(found.fun)).x * scale
     inverse = np.linalg.inv(source * same_source + slide * same_slide + np.diag(field * per_mm2 + noise))
     return CountError(

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,6 @@ Notify = Callable[[str], object]
 """Function that is called with lines of progress."""
 Image = NDArray[np.uint8]
 """(y, x, 3) uint8 RGB."""
-
-
-def _silent(line: str) -> None:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +146,7 @@ def evaluate_package(
     beside: str | None = None,
     time_network: bool = False,
     threads: int = 0,
-    notify: Notify = _silent,
+    notify: Notify = lambda line: None,
 ) -> Evaluation:
     """Return the evaluation of a model package on annotated images.
 
@@ -237,7 +234,7 @@ def score_test_fold(predictor: Predictor, splitter: Splitter | None, data: Path)
     annotated = read_data(data, [FOLD], None)
     if not annotated.samples:
         raise InputError(f"--truth {data}: has no image of the fold {FOLD}; give other annotated images")
-    scores = evaluate_data(lambda image: predict_image(predictor, image), annotated, splitter, card.taxonomy)
+    scores = evaluate_data(partial(predict_image, predictor), annotated, splitter, card.taxonomy)
     return {
         "sources": {s.source: s.to_json() for s in scores},
         "leakage": [{"text": str(leak)} for leak in leaks(card, annotated.samples)],
@@ -271,7 +268,7 @@ class _Loaded:
         card = self.package.card
         return Shown(
             card.name,
-            lambda image: predict_image(self.predictor, image),
+            partial(predict_image, self.predictor),
             splitter_of(card, self.post.sobel_norm),
             card.taxonomy,
             self.post.min_area_px,

@@ -80,9 +80,8 @@ def fullest(samples: Sequence[Sample], n: int) -> list[Sample]:
     """
     ranked: list[tuple[int, int, int]] = []
     for source in {s.source for s in samples}:
-        counts = [(_nuclei_shown(s), i) for i, s in enumerate(samples) if s.source == source]
-        counts.sort(key=lambda entry: (-entry[0], entry[1]))
-        ranked += [(turn, -count, i) for turn, (count, i) in enumerate(counts)]
+        most_first = sorted((-_nuclei_shown(s), i) for i, s in enumerate(samples) if s.source == source)
+        ranked += [(turn, count, i) for turn, (count, i) in enumerate(most_first)]
     return [samples[i] for _, _, i in sorted(ranked)[:n]]
 
 

@@ -56,9 +56,9 @@ class Reliability:
 
         `ece` has four decimals, and is None without nuclei; the values of the bins have three.
         """
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return {
-            name: [round(v, 3) for v in value] if isinstance(value, list) else value for name, value in values.items()
+            name: [round(v, 3) for v in value] if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
         } | {"ece": round(self.ece, 4) if self.nuclei else None}
 
 

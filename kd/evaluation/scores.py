@@ -149,6 +149,13 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def shown(value: float | str | None) -> str:
+    """Return a score with four decimals, a number or a text as it is, and – for None and NaN."""
+    if plain(value) is None:
+        return "–"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> SourceScores:
     """Return the scores of a source, computed from the scores of its images.
 
@@ -182,13 +189,8 @@ def pooled(source: str, images: Sequence[ImageScores], taxonomy: Taxonomy) -> So
         images=len(images),
         nuclei=detection.tp + detection.fn,
         predicted=detection.tp + detection.fp,
-        dice=mean_defined(i.dice for i in images),
-        aji=mean_defined(i.aji for i in images),
-        dq=mean_defined(i.dq for i in images),
-        sq=mean_defined(i.sq for i in images),
-        pq=mean_defined(i.pq for i in images),
-        bpq=mean_defined(t.bpq for t in by_tissue.values()),
-        mpq=mean_defined(t.mpq for t in by_tissue.values()),
+        **{name: mean_defined(getattr(i, name) for i in images) for name in ("dice", "aji", "dq", "sq", "pq")},
+        **{name: mean_defined(getattr(t, name) for t in by_tissue.values()) for name in ("bpq", "mpq")},
         pq_c=pq_c,
         by_tissue=by_tissue,
         f_d=detection.f1,

@@ -18,17 +18,13 @@ Image = NDArray[np.uint8]
 """(y, x, 3) uint8 RGB."""
 
 
-def _unchanged(image: Image) -> Image:
-    return image
-
-
 @dataclass(frozen=True)
 class Shift:
     """Change of the appearance or of the pixel size of images."""
 
     name: str
     """Name in tables."""
-    change: Callable[[Image], Image] = _unchanged
+    change: Callable[[Image], Image] = lambda image: image
     """Function from an image (y, x, 3) uint8 RGB to the changed image of the same size."""
     mpp: float = MPP
     """Pixel size in µm to which images are resampled; the model still assumes MPP."""

@@ -32,6 +32,13 @@ GENERAL = ("images", "nuclei", "dice", "aji", "dq", "sq", "pq", "bpq", "mpq", "f
 """Scores of every source, in the order of the columns of our own tables."""
 RUN = "run"
 """Title of the column with the origin of a row."""
+NEEDED = {
+    str: ("label", "sha256", "architecture", "data", "sobel_norm"),
+    int: ("min_area_px",),
+    list: ("folds", "leakage"),
+    dict: ("sources", "by_image", "cost"),
+}
+"""Names of the values that the file of an evaluation must have, by type."""
 MARKS = {True: "†", False: "‡"}
 """Mark of a row, by whether it is certain that images were seen."""
 
@@ -53,8 +60,7 @@ class Run:
     @property
     def sources(self) -> Mapping[str, Any]:
         """Scores by source, as `SourceScores.to_json` returns them."""
-        sources: Mapping[str, Any] = self.report["sources"]
-        return sources
+        return dict(self.report["sources"])
 
 
 @dataclass(frozen=True)
@@ -141,18 +147,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path}: {error.strerror}; give files that `kd evaluate --json` wrote") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); give files that `kd evaluate --json` wrote") from error
-    texts = dict.fromkeys(("label", "sha256", "architecture", "data", "sobel_norm"), str)
-    needed: dict[str, type] = texts | {
-        "folds": list,
-        "min_area_px": int,
-        "sources": dict,
-        "by_image": dict,
-        "leakage": list,
-        "cost": dict,
-    }
     values = report if isinstance(report, dict) else {}
-    if missing := [name for name, kind in sorted(needed.items()) if not isinstance(values.get(name), kind)]:
-        lacking = ", ".join(missing) if values else "everything"
+    if missing := [n for kind, names in NEEDED.items() for n in names if not isinstance(values.get(n), kind)]:
+        lacking = ", ".join(sorted(missing)) if values else "everything"
         raise InputError(
             f"{path}: not an evaluation of this version, it lacks {lacking}; run `kd evaluate --json` again"
         )

@@ -138,9 +138,8 @@ def random_geometry(
     label_side = size + 2 * LABEL_MARGIN
     # OpenCV cannot warp int32; float32 represents ids up to 2^24 exactly.
     instances = warp(sample.instances.astype(np.float32), label_side, cv2.INTER_NEAREST).astype(np.int32)
-    if sample.types is None:
-        types = np.zeros((label_side, label_side), np.uint8)
-    else:
+    types = np.zeros(instances.shape, np.uint8)
+    if sample.types is not None:
         types = warp(sample.types, label_side, cv2.INTER_NEAREST).astype(np.uint8)
     if planes is None:
         return View(image.astype(np.uint8), instances, types, None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from hover_batch.files import read_json, write_atomically
 from hover_batch.model.heads import NP, Heads
 from kd.data.datasets import Sample
-from kd.training.crops import Teacher, targets_of
+from kd.teaching.teacher_cache import TeacherCache
+from kd.training.crops import targets_of
 from kd.training.losses import UNKNOWN
 
 FILE = "class_weights.json"
@@ -30,7 +31,7 @@ Weights = dict[str, dict[str, list[float]]]
 """`annotated` and, with a teacher, `taught` → branch (np, tp) → one weight per class, by class id."""
 
 
-def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | None, folder: Path) -> Weights:
+def class_weights(samples: Sequence[Sample], n_types: int, teacher: TeacherCache | None, folder: Path) -> Weights:
     """Return the class weights from the annotations (`annotated`) and, with a teacher, from its predictions (`taught`).
 
     Both map `np` and `tp` to a list with one weight per class id. Pixels that a branch does not learn from are not
@@ -53,9 +54,10 @@ def class_weights(samples: Sequence[Sample], n_types: int, teacher: Teacher | No
     cached = read_json(file) or {}
     if cached.get("data") == key and isinstance(cached.get("weights"), dict):
         return dict(cached["weights"])
-    weights = {"annotated": _annotated(samples, n_types)}
+    weights = {"annotated": _weights((targets_of(s.instances, s.types, s.source) for s in samples), n_types)}
     if teacher is not None:
-        weights["taught"] = _taught(samples, n_types, teacher)
+        outputs = map(teacher.logits, samples)
+        weights["taught"] = _weights(((o[NP].argmax(0), o[Heads(n_types).tp].argmax(0)) for o in outputs), n_types)
     write_atomically(file, json.dumps({"data": key, "weights": weights}, indent=2) + "\n")
     return weights
 
@@ -74,19 +76,10 @@ def by_rarity(counts: NDArray[np.int64]) -> list[float]:
     return [float(w) for w in weights]
 
 
-def _annotated(samples: Sequence[Sample], n_types: int) -> dict[str, list[float]]:
+def _weights(pixels: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], n_types: int) -> dict[str, list[float]]:
+    """Return the weights of both branches. `pixels`: of each image, those in a nucleus, and class ids; or UNKNOWN."""
     nuclei, types = np.zeros(2, np.int64), np.zeros(n_types, np.int64)
-    for sample in samples:
-        has_nucleus, type_ids = targets_of(sample.instances, sample.types, sample.source)
+    for has_nucleus, type_ids in pixels:
         nuclei += np.bincount(has_nucleus[has_nucleus != UNKNOWN], minlength=2)
         types += np.bincount(type_ids[type_ids != UNKNOWN], minlength=n_types)
-    return {"np": by_rarity(nuclei), "tp": by_rarity(types)}
-
-
-def _taught(samples: Sequence[Sample], n_types: int, teacher: Teacher) -> dict[str, list[float]]:
-    nuclei, types = np.zeros(2, np.int64), np.zeros(n_types, np.int64)
-    for sample in samples:
-        output = teacher.logits(sample)
-        nuclei += np.bincount(output[NP].argmax(0).ravel(), minlength=2)
-        types += np.bincount(output[Heads(n_types).tp].argmax(0).ravel(), minlength=n_types)
     return {"np": by_rarity(nuclei), "tp": by_rarity(types)}

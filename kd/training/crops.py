@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,6 +24,7 @@ from hover_batch.errors import InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.classes import PARTIAL
 from kd.data.datasets import Sample, folds_of
+from kd.teaching.teacher_cache import TeacherCache
 from kd.training.augment import LABEL_MARGIN, random_view
 from kd.training.config import TrainConfig
 from kd.training.losses import UNKNOWN, Targets
@@ -35,43 +36,12 @@ MAX_VALIDATION_CROPS = 256
 """Largest number of crops for the validation loss."""
 
 
-class Teacher(Protocol):
-    """Stored outputs of a teacher for the training images, as written by `kd teach`."""
-
-    @property
-    def taxonomy(self) -> Taxonomy:
-        """Classes of the teacher."""
-
-    @property
-    def sha256(self) -> str:
-        """Hex SHA-256 of the teacher's package."""
-
-    @property
-    def card(self) -> Mapping[str, Any]:
-        """Card of the teacher's package, as JSON."""
-
-    @property
-    def tta(self) -> int:
-        """Number of rotated and flipped views of an image over which each output is averaged; 1 for no averaging."""
-
-    def covers(self, sample: Sample) -> bool:
-        """True if an output is stored for the image of `sample`. It is not read, so it may be corrupted."""
-
-    def logits(self, sample: Sample) -> NDArray[np.float16]:
-        """Return the stored output for the whole image of `sample`, (channel, y, x) float16.
-
-        `hover_batch.model.heads` describes the channels. Raises InputError if the output is missing or corrupted.
-        """
-
-
-def open_teacher(path: Path, taxonomy: Taxonomy) -> Teacher:
+def open_teacher(path: Path, taxonomy: Taxonomy) -> TeacherCache:
     """Open the teacher's outputs in the folder `path`, which `kd teach` wrote.
 
     Raises InputError if the folder is no such cache or cannot be read, or the teacher has other classes than
     `taxonomy`.
     """
-    from kd.teaching.teacher_cache import TeacherCache  # imports zarr, which is needed only with a teacher
-
     cache = TeacherCache.open(path)
     if cache.taxonomy.classes != taxonomy.classes:
         raise InputError(
@@ -128,7 +98,7 @@ class Crops(Dataset[tuple[Tensor, ...]]):
         shares: Mapping[str, float],
         config: TrainConfig,
         cut: int,
-        teacher: Teacher | None,
+        teacher: TeacherCache | None,
         n: int,
         validation: bool = False,
     ) -> None:
@@ -200,7 +170,7 @@ def targets_of(
 
 
 def training_crops(
-    samples: Sequence[Sample], shares: Mapping[str, float], config: TrainConfig, cut: int, teacher: Teacher | None
+    samples: Sequence[Sample], shares: Mapping[str, float], config: TrainConfig, cut: int, teacher: TeacherCache | None
 ) -> tuple[Crops, int]:
     """Return the crops of the whole run, in training order, and the number of steps per epoch.
 
@@ -217,7 +187,7 @@ def training_crops(
 
 
 def validation_crops(
-    samples: Sequence[Sample], shares: Mapping[str, float], config: TrainConfig, cut: int, teacher: Teacher | None
+    samples: Sequence[Sample], shares: Mapping[str, float], config: TrainConfig, cut: int, teacher: TeacherCache | None
 ) -> Crops:
     """Return fixed crops without augmentation for the validation loss.
 

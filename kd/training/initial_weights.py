@@ -49,10 +49,10 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
     network or the classes.
     """
     network = build_network(config.to_json(), len(taxonomy.classes))
+    origin: dict[str, Any] = {}
     if config.init is not None:
-        return network, _load_package(config.init, config, taxonomy, network)
-    if config.model in ENCODERS and config.encoder_weights != "random":
-        origin: dict[str, Any] = {}
+        origin = _load_package(config.init, config, taxonomy, network)
+    elif config.model in ENCODERS and config.encoder_weights != "random":
         if config.encoder_weights != "imagenet":
             weights = _read(Path(config.encoder_weights))
         elif config.encoder in PACKAGES:
@@ -60,8 +60,7 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
         else:
             weights = _imagenet(config.encoder)
         _load_encoder(network.encoder, weights, config.encoder_weights)  # type: ignore[arg-type]  # smp.Unet's
-        return network, origin
-    return network, {}
+    return network, origin
 
 
 def _with_encoder(build: Callable[[], nn.Module], encoder: str) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hover_batch.files import write_atomically
@@ -57,12 +57,7 @@ class Log:
         rows = [r for r in read_log(self.path) if float(r["step"]) < row["step"]]
         rows.append({name: f"{value:.6g}" for name, value in row.items()})
         # An epoch may add columns: the first one may have had no image with types.
-        columns = list(dict.fromkeys(name for r in rows for name in r))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.path, text.getvalue())
+        write_rows(self.path, rows)
         if self.has_events:
             self._to_tensorboard(row)
         print(" ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
@@ -77,6 +72,18 @@ class Log:
                 if name != "step":
                     group = "validation" if name.startswith("val_") else "training"
                     writer.add_scalar(f"{group}/{name}", value, step)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows, values by column, to a CSV file in one step; an existing file is replaced.
+
+    Its columns are those of all rows, in the order in which they appear. Raises OSError if it cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
 
 
 def read_log(path: Path) -> list[dict[str, str]]:

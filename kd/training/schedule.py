@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from kd.training.config import TrainConfig
-
-
-class Schedule(Protocol):
-    """Learning rate schedule of an optimiser, whose state can be stored in a checkpoint."""
-
-    def before(self, step: int) -> None:
-        """Set the learning rates of the optimiser. Call this before each step.
-
-        `step`: number of steps done so far.
-        """
-
-    def after(self, loss: float) -> bool:
-        """Update the schedule after an epoch. Return False if training should end, else True.
-
-        `loss`: validation loss of the epoch, lower is better. Call this after each epoch.
-        """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the schedule for the checkpoint. `load_state_dict` restores it."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state`, which `state_dict` of a schedule with the same settings returned."""
 
 
 def build_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Schedule:
@@ -133,3 +111,10 @@ class Plateau:
         """Restore `state`, which `state_dict` of a schedule with the same settings returned."""
         self.rate.load_state_dict(state["rate"])
         self.least, self.waited = state["least"], state["waited"]
+
+
+Schedule = Cosine | Plateau
+"""Learning rate schedule of an optimiser, whose state can be stored in a checkpoint.
+
+Call `before` before each step, and `after` after each epoch.
+"""

@@ -18,8 +18,8 @@ from torch import nn
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.taxonomy import Taxonomy
 from kd.data.samples import Sample, hashes_of, truth_sha256
+from kd.teaching.teacher_cache import TeacherCache
 from kd.training.config import TrainConfig
-from kd.training.crops import Teacher
 from kd.training.schedule import Schedule
 
 CHECKPOINT = "checkpoint.pt"
@@ -135,7 +135,7 @@ def record_of(
     taxonomy: Taxonomy,
     training: Sequence[Sample],
     validation: Sequence[Sample],
-    teacher: Teacher | None,
+    teacher: TeacherCache | None,
     origin: dict[str, Any],
 ) -> dict[str, Any]:
     """Return the record of a training for the checkpoint and the model card, as JSON values by name.

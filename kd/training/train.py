@@ -82,10 +82,8 @@ def train(config: TrainConfig) -> nn.Module:
     record = record_of(taxonomy, samples, validation, teacher, origin)
     state.resume(config, record)
     heads, loss_by = Heads(len(taxonomy.classes)), SYSTEMS[config.system].loss
-    loss_of = loss_by(heads, config)
-    if config.class_weights:
-        weights = class_weights(samples, len(taxonomy.classes), teacher, config.out)
-        loss_of = loss_by(heads, config, *(_branch_weights(w, device) for w in weights.values()))
+    weights = class_weights(samples, len(taxonomy.classes), teacher, config.out) if config.class_weights else {}
+    loss_of = loss_by(heads, config, *(_branch_weights(w, device) for w in weights.values()))
     log, system = Log(config.out), splitter(config.system, TYPICAL.to_json())
 
     def end_epoch(row: dict[str, float], whole: bool) -> None:

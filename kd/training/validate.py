@@ -25,8 +25,9 @@ from kd.data.classes import PARTIAL
 from kd.data.datasets import Sample
 from kd.evaluation.evaluate import MapsOf, evaluate
 from kd.panels import Image, outlined, panel
+from kd.teaching.teacher_cache import TeacherCache
 from kd.training.augment import LABEL_MARGIN
-from kd.training.crops import Crops, Teacher, batches
+from kd.training.crops import Crops, batches
 from kd.training.losses import Loss
 from kd.training.precision import training_autocast
 
@@ -42,13 +43,7 @@ TYPICAL = SobelConstants(h_min=-1.191e11, h_max=7.051e10, v_min=-1.17e11, v_max=
 
 
 @torch.inference_mode()
-def validation_loss(
-    model: nn.Module,
-    crops: Crops,
-    loss: Loss,
-    batch: int,
-    device: torch.device,
-) -> float:
+def validation_loss(model: nn.Module, crops: Crops, loss: Loss, batch: int, device: torch.device) -> float:
     """Return the mean of the entry `loss` over the batches of `crops`; lower is better.
 
     In this process, torch's random seed is set to 0, and OpenCV is limited to one thread.
@@ -102,7 +97,7 @@ def examples(
     samples: Sequence[Sample],
     device: torch.device,
     taxonomy: Taxonomy,
-    teacher: Teacher | None,
+    teacher: TeacherCache | None,
     splitter: Splitter = TYPICAL,
 ) -> Image:
     """Return a picture (y, x, 3) uint8 RGB with one row for each of up to EXAMPLES images.
@@ -175,8 +170,7 @@ def _margin(model: nn.Module, side: int) -> int:
 
 def _spread(samples: Sequence[Sample], n: int) -> list[Sample]:
     """Return up to `n` of the samples, evenly spaced."""
-    if len(samples) <= n:
-        return list(samples)
+    n = min(n, len(samples))
     return [samples[i * len(samples) // n] for i in range(n)]
 
 

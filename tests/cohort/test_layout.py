@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hover_batch.cohort.layout import Format, RunLayout, SlideLayout
+from hover_batch.cohort.layout import Format, PathBelow, RunLayout, SlideLayout
 from hover_batch.errors import InputError
 
 
@@ -26,7 +26,7 @@ def test_nothing_leaves_the_slide_s_folder(slide_id: str) -> None:
 
 def test_each_path_has_its_own_name_and_is_removed(tmp_path: Path) -> None:
     slide = SlideLayout(tmp_path, "a")
-    named = {name for name, kind in vars(SlideLayout).items() if isinstance(kind, property)}
+    named = {name for name, kind in vars(SlideLayout).items() if isinstance(kind, property | PathBelow)}
     paths = {getattr(slide, name) for name in named - {"folder", "kept", "removal_order", "sample"}}
     paths |= {slide.sample.working, *map(slide.exported, Format)}
     assert paths == set(slide.removal_order) and len(paths) == len(slide.removal_order)

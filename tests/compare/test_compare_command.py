@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 
 from hover_batch.cli import app
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.compare import budget
 from hover_batch.compare.budget import Options, Speed, estimate, fit_to_budget
 from hover_batch.compare.fields import Place
 from hover_batch.compare.sides import random_teacher
 from hover_batch.config import InferSettings
 from hover_batch.geometry import Box
+from hover_batch.model import cost
 from hover_batch.model.architectures.hovernet import HoverNetForm, TeacherArch, build_teacher
 from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.card import Card
@@ -31,13 +33,21 @@ MARKUP = "<script>alert(1)</script>"
 QUICK = ["--side", "128", "--per-slide", "1", "--slides", "1", "--repeats", "1", "--batches", "1,2"]
 
 
+@pytest.fixture(autouse=True)
+def small_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks are timed on patches of the side of their tiles, which are small here."""
+    for module in (cost, budget):
+        monkeypatch.setattr(module, "patch_side", lambda card: card.tile_in)
+
+
 def compare(*words: object) -> Any:
     return CliRunner().invoke(app, ["compare", *map(str, words)])
 
 
 def test_a_teacher_without_classes_is_built_for_its_costs() -> None:
-    side = random_teacher("hovernet_original-kumar", InferSettings(device="cpu"))
-    maps = side.network(torch.zeros(1, 3, side.card.tile_in, side.card.tile_in))
+    with torch.device("meta"):  # the shapes, without computing 38 million weights and their maps
+        side = random_teacher("hovernet_original-kumar", InferSettings(device="cpu"))
+        maps = side.network(torch.zeros(1, 3, side.card.tile_in, side.card.tile_in))
     assert maps.shape == (1, 4 + len(side.card.taxonomy.classes), side.card.tile_out, side.card.tile_out)
 
 
@@ -138,6 +148,7 @@ def test_random_weights_are_marked_everywhere(
         (["--teacher"], "either COHORT or --example"),
         (["--example", "--against", "starter", "--timing-only"], "--timing-only"),
         (["--example", "--teacher", "--timing-only", "--teacher-weights", "nobody"], "hovernet_fast-pannuke"),
+        (["--example", "--teacher", "--timing-only", "--minutes", "nan"], "--minutes nan"),
         (["--example", "--teacher", "--timing-only", "--batches", "one"], "--batches one"),
         (["--example", "--against", "nothing.safetensors"], "--against nothing.safetensors"),
         (["--example", "--teacher", "--timing-only", "--truth", "x"], "--truth: random weights cannot be scored"),

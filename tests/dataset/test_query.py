@@ -26,6 +26,7 @@ from hover_batch.dataset.update import add_run
 from hover_batch.errors import InputError
 from hover_batch.geometry import Box, Size
 
+PATIENTS = sorted({patient for patient, _, _ in SLIDES.values() if patient})
 ODD = "it's [1] *?\"; --"
 """Name of a folder, full of characters that mean something in SQL and in patterns."""
 
@@ -167,6 +168,34 @@ def test_a_query_without_its_clinical_table(asked: Asked) -> None:
 def test_a_result_does_not_go_into_the_data_set(asked: Asked) -> None:
     path = asked.root / "slides.parquet"
     assert "must not change" in ask("query", asked.root, "SELECT 1", "-o", path, exit_code=2).stderr
+
+
+def test_a_result_does_not_replace_the_clinical_table(asked: Asked, tmp_path: Path) -> None:
+    clinical = tmp_path / "clinical.csv"
+    clinical.write_text("patient_id,stage\n001,2\n")
+    for words in (["query", asked.root, "SELECT 1 AS x"], ["cohort", "counts", asked.root]):
+        assert "is the file of --join" in ask(*words, "--join", clinical, "-o", clinical, exit_code=2).stderr
+    assert clinical.read_text() == "patient_id,stage\n001,2\n"
+
+
+def test_a_query_in_other_bytes_than_utf_8(asked: Asked) -> None:
+    assert "not UTF-8" in ask("query", asked.root, "SELECT 'caf\udce9'", exit_code=2).stderr
+
+
+def test_polygons_in_lists(asked: Asked) -> None:
+    with hover_batch.open_cohort(asked.root) as cohort:
+        shapes = cohort.sql("SELECT slide_id, list(geometry) AS shapes FROM nuclei GROUP BY slide_id ORDER BY slide_id")
+        area = cohort.sql("SELECT slide_id, geometry FROM nuclei").groupby("slide_id").geometry
+        assert [sum(s.area for s in row) for row in shapes.shapes] == pytest.approx(
+            [sum(s.area for s in group) for _, group in area]
+        )
+
+
+def test_a_result_is_printed_where_nobody_reads(asked: Asked) -> None:
+    """Standard output is closed, as by `>&-` in a shell."""
+    command = [sys.executable, "-m", "hover_batch", "query", str(asked.root), "SELECT 1"]
+    shell = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, text=True)
+    assert (shell.returncode, shell.stderr) == (0, "")
 
 
 def test_a_long_result_on_the_terminal(asked: Asked) -> None:
@@ -365,6 +394,19 @@ def test_clinical_tables_that_cannot_be_joined(asked: Asked, tmp_path: Path, tex
     path = tmp_path / "clinical.csv"
     path.write_bytes(text.encode("latin-1"))
     assert message in ask("query", asked.root, "SELECT 1", "--join", path, "--on", on, exit_code=2).stderr
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_nan_is_a_missing_value(asked: Asked, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"clinical.{suffix}"
+    table = pd.DataFrame({"patient_id": PATIENTS, "months": [1.0, np.nan, 3.0, np.nan, np.nan, np.nan]})
+    if suffix == "csv":
+        table.to_csv(path, index=False, na_rep="NaN")
+    else:
+        pq.write_table(pa.table({name: table[name].tolist() for name in table}), path)
+    with hover_batch.open_cohort(asked.root, path) as cohort:
+        found = cohort.sql("SELECT count(months) AS known, avg(months) AS mean FROM clinical")
+    assert found.to_dict("list") == {"known": [2], "mean": [2.0]}
 
 
 def test_a_clinical_table_that_does_not_exist(asked: Asked, tmp_path: Path) -> None:

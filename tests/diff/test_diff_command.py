@@ -174,7 +174,13 @@ def test_limits_decide_the_exit_code(first: Path, second: RunLayout) -> None:
     assert outside.stdout.count("outside the limits") == 1
     assert diff(first, second, "--tolerance", "6%", "--min-matched", "99%").exit_code == 3
     assert diff(first, second, "--tolerance", "60%", "--of", "spindle").exit_code == 0
-    for arguments in (("--tolerance", "1"), ("--tolerance", "-1%"), ("--of", "nothing"), ("--html", "none/x.html")):
+    for arguments in (
+        ("--tolerance", "1"),
+        ("--tolerance", "-1%"),
+        ("--of", "nothing"),
+        ("--html", "none/x.html"),
+        ("--json", "d", "--html", "d"),
+    ):
         assert diff(first, second, *arguments).exit_code == 2, arguments
 
 

@@ -62,15 +62,15 @@ def run_on_ray(ray_cluster: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def fields(tmp_path: Path) -> Callable[..., Path]:
     """`fields("a", "b")`: a cohort of pictures of these names, 700 × 600 pixels of dark discs on pale ground."""
 
-    def write(*names: str) -> Path:
+    def write(*names: str, width: int = 700, height: int = 600) -> Path:
         folder = tmp_path / "cohort"
         folder.mkdir(exist_ok=True)
         for number, name in enumerate(names):
             rng = np.random.default_rng(number)
-            y, x = np.mgrid[:600, :700]
-            picture = np.full((600, 700, 3), 230, np.uint8)
+            y, x = np.mgrid[:height, :width]
+            picture = np.full((height, width, 3), 230, np.uint8)
             for cy, cx, radius in zip(
-                rng.integers(0, 600, 60), rng.integers(0, 700, 60), rng.integers(6, 14, 60), strict=True
+                rng.integers(0, height, 60), rng.integers(0, width, 60), rng.integers(6, 14, 60), strict=True
             ):
                 picture[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = (90, 60, 140)
             Image.fromarray(picture).save(folder / f"{name}.png")

@@ -86,7 +86,11 @@ def test_a_unit_of_an_unreachable_network_is_retried_if_it_was_the_last_one_unde
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [("sigsegv-once", "infer"), ("post-once", "post"), ("finalize-once", "finalize")],
+    [
+        pytest.param("sigsegv-once", "infer", marks=pytest.mark.faults),  # quick: the reader that dies twice, above
+        ("post-once", "post"),
+        pytest.param("finalize-once", "finalize", marks=pytest.mark.faults),
+    ],
 )
 def test_one_death_costs_one_attempt(
     fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stage: str
@@ -99,6 +103,7 @@ def test_one_death_costs_one_attempt(
     assert tables(out) == tables(tmp_path / "reference")
 
 
+@pytest.mark.faults  # quick: a network that raises is replaced, and those that die while they load are noticed
 def test_a_network_that_dies_is_replaced(
     fields: Fields, run_on_ray: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,11 +21,12 @@ def test_a_cluster_that_is_up_is_joined(cohort: Path, undisturbed: bytes, ray_cl
     address = ray.get_runtime_context().gcs_address
     token = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     joining = start(cohort, tmp_path / "out", "--address", address, more=token)
+    # Meanwhile, since it only asks.
+    refused = start(cohort, tmp_path / "no", "--address", address, more=token | {"RAY_AUTH_TOKEN": "0" * 64})
     printed, _ = joining.communicate(timeout=300)
     assert joining.returncode == 0, printed
     assert "cores: 3" in printed
     assert (tmp_path / "out" / "slides" / "field" / "nuclei.parquet").read_bytes() == undisturbed
-    refused = start(cohort, tmp_path / "no", "--address", address, more=token | {"RAY_AUTH_TOKEN": "0" * 64})
     printed, _ = refused.communicate(timeout=300)
     assert refused.returncode == 2 and "refuses the token" in printed, printed
 

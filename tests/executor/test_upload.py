@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import bucket
@@ -37,7 +38,15 @@ pytestmark = pytest.mark.usefixtures("server")
 
 
 @pytest.fixture
+def fields(fields: Fields) -> Fields:
+    """Cohorts of pictures of one unit each: uploads know slides, and not what they are made of."""
+    return partial(fields, width=256, height=256)
+
+
+@pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Nothing is synced to the disk, from which the uploads are read at once."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return runner("local", monkeypatch)
 
 
@@ -134,6 +143,7 @@ def test_a_lost_bucket_fails_no_slide_and_the_same_command_completes_the_uploads
     assert not again, "sent twice"
 
 
+@pytest.mark.faults  # quick: tests/test_bucket_folder.py, where each call fails
 def test_a_short_loss_is_not_noticed(
     fields: Fields,
     run: Run,

@@ -360,7 +360,7 @@ def test_a_table_of_other_columns_or_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match="no column geometry, solidity"):
         rewritten(nuclei, lambda t: t.drop_columns(["solidity", "geometry"]))
     pq.write_table(pa.table({"a": [1]}), nuclei.path)
-    with pytest.raises(SlideError, match="another program wrote it"):
+    with pytest.raises(SlideError, match="is not a table of nuclei; give the nuclei.parquet"):
         NucleiTable.open(nuclei.path)
 
 

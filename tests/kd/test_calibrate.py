@@ -34,6 +34,8 @@ from kd.evaluation.calibrate import (
 )
 from kd.training.targets import hv_targets
 
+pytestmark = pytest.mark.usefixtures("by_torch")
+
 LAYOUT = MapLayout(len(CONSEP.classes))
 
 

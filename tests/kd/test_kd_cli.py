@@ -25,6 +25,8 @@ from kd.data.datasets import read_data
 from kd.evaluation.shifts import SHIFTS
 from kd.training.validate import TYPICAL
 
+pytestmark = pytest.mark.usefixtures("by_torch")
+
 
 def run(*arguments: object):
     return CliRunner().invoke(kd_app, [str(a) for a in arguments])
@@ -92,7 +94,7 @@ def test_evaluate_prints_a_table_and_writes_json(folder, package, tmp_path, norm
     assert report["sources"]["tnbc"]["f_c"] == {}
 
 
-def test_evaluate_one_source(folder, package, tmp_path):
+def test_evaluate_one_source(folder, package, tmp_path, by_default):
     out = tmp_path / "scores.json"
     assert run("evaluate", package, "--data", folder, "--source", "tnbc", "--json", out).exit_code == 0
     assert set(json.loads(out.read_text())["sources"]) == {"tnbc"}
@@ -136,7 +138,8 @@ def test_evaluate_refuses_classes_that_have_nothing_in_common_with_the_annotatio
     assert "the model's epithelial, lymphocyte, macrophage, neutrophil" in str(result.exception)
 
 
-def test_evaluate_by_the_classes_in_common_with_a_picture_and_the_time(folder, package, tmp_path):
+def test_evaluate_by_the_classes_in_common_with_a_picture_and_the_time(folder, package, tmp_path, monkeypatch):
+    monkeypatch.setattr("hover_batch.model.cost.patch_side", lambda card: card.tile_in)  # 16 patches are timed
     out, picture = tmp_path / "scores.json", tmp_path / "panel.png"
     other = write_package(tmp_path / "other.safetensors", PANNUKE)
     flags = ("--json", out, "--panel", picture, "--beside", package, "--time", "--label", "mine", "--threads", 1)

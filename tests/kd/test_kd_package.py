@@ -24,6 +24,8 @@ from kd.package import NOT_CALIBRATED, _licence, _note, make_package
 from kd.training.config import TrainConfig
 from kd.training.train import train
 
+pytestmark = pytest.mark.usefixtures("by_torch")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> TrainConfig:
@@ -110,8 +112,8 @@ def test_sources_that_are_not_known_leave_the_licence_to_their_own():
     assert _licence({"tnbc": {}, "dsb2018": {}}, None) == "CC BY 4.0: trained on DSB 2018 and TNBC"
 
 
-def test_annotations_without_types_train_one_class(config, tmp_path):
-    train(replace(config, sources={"tnbc": 1.0}, steps=2, epoch_steps=2, out=tmp_path))
+def test_annotations_without_types_train_one_class(config, tmp_path, by_default):
+    train(replace(config, sources={"tnbc": 1.0}, out=tmp_path))
     make_package(tmp_path / "checkpoint.pt", config.data, tmp_path / "open.safetensors", threads=1)
     card = find_package(str(tmp_path / "open.safetensors")).card
     assert [c.name for c in card.taxonomy.nuclei] == ["nucleus"]

@@ -87,7 +87,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     part = np.ascontiguousarray(_field()[200:712, 100:612])
     for name, array, mpp in (("he_0.25", part, 0.25), ("he_0.5", _halve(part), 0.5)):
         write_pyramidal_tiff(folder / "slides" / f"{name}.tif", array, mpp)
-        settings = {"backend": "local", "unit": 512, "tissue": "all", "slide_id": name}
+        settings = {"backend": "local", "unit": 512, "tissue": "all", "slide_id": name, "runtime": "torch", "batch": 4}
         hover_batch.segment_slide(folder / "slides" / f"{name}.tif", folder / name, **settings)
     return folder
 

@@ -34,6 +34,8 @@ from kd.training.systems import (
 )
 from kd.training.train import train
 
+pytestmark = pytest.mark.usefixtures("by_torch")
+
 HEADS = Heads(3)
 SETTINGS = TrainConfig(data=Path("data"), out=Path("out"), model="dist", tp_weight=1.0)
 
@@ -128,15 +130,21 @@ def test_mask_rcnn_learns_each_nucleus_by_its_box_class_and_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "settings"),
+    ("model", "settings", "runtime"),
     [
-        ("dist", {"size": 64}),
-        ("mask-rcnn", {"size": 64, "width": 8}),
+        ("dist", {"size": 64}, "torch"),
+        # OpenVINO takes long to compile it.
+        pytest.param("dist", {"size": 64}, "auto", marks=pytest.mark.slow),
+        ("mask-rcnn", {"size": 64, "width": 8}, "torch"),
         # tiatoolbox.models takes long to import.
-        pytest.param("micronet", {"width": 8}, marks=pytest.mark.slow),
+        pytest.param("micronet", {"width": 8}, "auto", marks=pytest.mark.slow),
     ],
 )
-def test_a_system_is_trained_packaged_and_evaluated(model: str, settings: dict[str, int], tmp_path: Path) -> None:
+def test_a_system_is_trained_packaged_and_evaluated(
+    model: str, settings: dict[str, int], runtime: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if runtime == "auto":
+        request.getfixturevalue("by_default")
     folder = write_folder(tmp_path)
     config = TrainConfig(
         data=folder, out=tmp_path / "out", model=model, batch=2, steps=2, epoch_steps=2, threads=1, **settings

@@ -41,6 +41,10 @@ CARD = Card(
 LOCAL = EngineSettings(backend="local", cpus=1)
 
 
+# tests/executor/test_kd_tasks.py teaches by the default runtime.
+pytestmark = pytest.mark.usefixtures("by_torch")
+
+
 def write_teacher(path: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     save_package(path, build_teacher(TeacherArch("fast", len(CONSEP.classes), 8)), CARD, half=False)

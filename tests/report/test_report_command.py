@@ -266,6 +266,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, field: Field) -> None:
         ((tmp_path / "empty",), "holds no run"),
         ((layout.root, "-o", tmp_path / "file" / "x.html"), "give another file with -o"),
         ((layout.root, "-o", tmp_path / "empty"), "is a folder; give the path of a file"),
+        ((layout.root, "-o", tmp_path / "file"), "must end in .html; add it"),
     ]:
         result, _ = report(*arguments)
         assert result.exit_code == 2, result.output

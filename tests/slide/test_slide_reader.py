@@ -21,7 +21,7 @@ from hover_batch.errors import SlideError
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.slide import reader as reader_module
 from hover_batch.slide.example import write_pyramidal_tiff
-from hover_batch.slide.reader import GridReader, SlideReader, best_level, open_slide
+from hover_batch.slide.reader import SlideReader, best_level, open_slide
 
 # wsidicom's DICOMweb client imports a name that pydicom 3 deprecates; nothing here calls it.
 pytestmark = pytest.mark.filterwarnings("ignore:get_frame_offsets is deprecated:DeprecationWarning")
@@ -34,9 +34,9 @@ def record(path: Path, mpp: float | None = None) -> SlideRecord:
     return SlideRecord("slide", path, 2, mpp=None if mpp is None else Mpp(mpp, mpp))
 
 
-def opened(path: Path, mpp: float | None = None) -> GridReader:
+def opened(path: Path, mpp: float | None = None) -> SlideReader:
     slide = open_slide(record(path, mpp))
-    assert isinstance(slide, GridReader)
+    assert isinstance(slide, SlideReader)
     return slide
 
 
@@ -221,7 +221,7 @@ def halves(array: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
     return [array, np.ascontiguousarray(array[::2, ::2]), np.ascontiguousarray(array[::4, ::4])]
 
 
-def assert_holds(slide: GridReader, levels: list[NDArray[np.uint8]]) -> None:
+def assert_holds(slide: SlideReader, levels: list[NDArray[np.uint8]]) -> None:
     """Every level's pixels as they were written, whole and in a part that no tile borders."""
     assert slide.source.levels == tuple(Size(a.shape[1], a.shape[0]) for a in levels)
     for number, array in enumerate(levels):

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 from hover_batch.errors import InputError
-from hover_batch.taxonomy import Taxonomy
 from kd.data.layouts.consep import Consep
 from kd.data.layouts.folder import InstanceFolder
 from kd.data.layouts.pannuke import PanNuke
 from kd.data.layouts.qupath import Qupath
-from kd.data.samples import Sample
 
+Layout = InstanceFolder | Consep | PanNuke | Qupath
+"""Annotated images in one folder; `len` gives their number.
 
-class Layout(Protocol):
-    """Annotated images in one folder; `len` gives their number."""
-
-    @property
-    def classes(self) -> str:
-        """Name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits the annotated types best."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Sentences for the user about what was not read; complete once all images are read."""
-
-    @staticmethod
-    def recognises(folder: Path) -> bool:
-        """True if `folder` has this layout, even if files are missing.
-
-        Raises InputError if a fold occurs twice or a folder cannot be listed.
-        """
-
-    def __len__(self) -> int: ...
-
-    def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
-        """Yield the images, with types mapped to `taxonomy`, one of TAXONOMIES.
-
-        Raises InputError if an image cannot be read or a type is invalid. In the layout of QuPath, the names of all
-        classes are checked by the call itself, before the first image is read.
-        """
+`classes`: name in `kd.data.classes.TAXONOMIES` of the taxonomy that fits the annotated types best. `notes`: sentences
+for the user about what was not read; complete once all images are read.
+"""
 
 
 def recognise(folder: Path, val: int = 0, class_map: Mapping[str, str] = MappingProxyType({})) -> Layout:

@@ -48,46 +48,43 @@ class InstanceFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, table = folder, folder / TABLE
         try:
-            text = (folder / TABLE).read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
+            text = table.read_bytes().decode("utf-8-sig")  # spreadsheets write a byte order mark
         except UnicodeDecodeError as error:
-            raise InputError(f"{folder / TABLE}: not UTF-8; save it as CSV UTF-8") from error
+            raise InputError(f"{table}: not UTF-8; save it as CSV UTF-8") from error
         reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True)
         try:
             # Rows are counted as a spreadsheet shows them, with blank ones.
             lines = {row: [cell.strip() for cell in cells] for row, cells in enumerate(reader, 1) if cells}
         except csv.Error as error:
-            raise InputError(f"{folder / TABLE} cannot be read as CSV ({error}); save it again as CSV UTF-8") from error
+            raise InputError(f"{table} cannot be read as CSV ({error}); save it again as CSV UTF-8") from error
         header = lines.pop(min(lines)) if lines else []
         if repeated := sorted({c for c in header if c and header.count(c) > 1}):
-            raise InputError(f"{folder / TABLE}: several columns {', '.join(repeated)}; keep one of each")
+            raise InputError(f"{table}: several columns {', '.join(repeated)}; keep one of each")
         if missing := [c for c in COLUMNS if c not in header]:
-            raise InputError(
-                f"{folder / TABLE}: no column {', '.join(missing)}; add it, and separate columns by commas"
-            )
+            raise InputError(f"{table}: no column {', '.join(missing)}; add it, and separate columns by commas")
         self._rows = [dict(zip_longest(header, cells[: len(header)], fillvalue="")) for cells in lines.values()]
         if not self._rows:
-            raise InputError(f"{folder / TABLE}: it lists no image; add one row per image")
+            raise InputError(f"{table}: it lists no image; add one row per image")
         row_of_id: dict[str, int] = {}
         for number, row in zip(lines, self._rows, strict=True):
             if empty := [c for c in COLUMNS if not row[c] and c != "types"]:
-                raise InputError(f"{folder / TABLE}: row {number} has no {', '.join(empty)}; fill it in")
+                raise InputError(f"{table}: row {number} has no {', '.join(empty)}; fill it in")
             if not re.fullmatch(SPLITS, row["split"]):
                 raise InputError(
-                    f"{folder / TABLE}: row {number} has the split {row['split']}; write train, val or test, or the "
-                    "number of a published fold"
+                    f"{table}: row {number} has the split {row['split']}; write train, val or test, or the number of a "
+                    "published fold"
                 )
             if (first := row_of_id.setdefault(row["sample_id"], number)) != number:
                 raise InputError(
-                    f"{folder / TABLE}: rows {first} and {number} have the same sample_id {row['sample_id']}; change "
-                    "one"
+                    f"{table}: rows {first} and {number} have the same sample_id {row['sample_id']}; change one"
                 )
             for column, expected in SCALES.items():
                 stated = re.search(r"\d+([.,]\d+)?", row.get(column) or "")
                 if stated and not math.isclose(float(stated[0].replace(",", ".")), expected, rel_tol=0.05):
                     raise InputError(
-                        f"{folder / TABLE}: row {number} has {column} {row[column]}; rescale images and labels to "
+                        f"{table}: row {number} has {column} {row[column]}; rescale images and labels to "
                         f"{MAGNIFICATION} ({MPP} µm per pixel)"
                     )
 
@@ -111,12 +108,9 @@ class InstanceFolder:
     def notes(self) -> list[str]:
         """One sentence that names the sources whose types are not read; empty if all types are read."""
         unread = [s for s in self.sources if s not in CODES and any(r["types"] for r in self._rows if r["source"] == s)]
-        if not unread:
-            return []
-        return [
-            f"the types of {', '.join(unread)} are not read, because the meaning of codes is known only for "
-            f"{', '.join(CODES)}"
-        ]
+        known = ", ".join(CODES)
+        note = f"the types of {', '.join(unread)} are not read, because the meaning of codes is known only for {known}"
+        return [note] if unread else []
 
     @property
     def folds(self) -> list[str]:

@@ -35,9 +35,7 @@ class PanNuke:
     notes = ()
 
     def __init__(self, folder: Path) -> None:
-        self._folds = {}
-        for fold, root in _folds(folder).items():
-            self._folds[fold] = _Fold(fold, root)
+        self._folds = [_Fold(fold, root) for fold, root in _folds(folder).items()]
 
     @staticmethod
     def recognises(folder: Path) -> bool:
@@ -45,7 +43,7 @@ class PanNuke:
         return bool(_folds(folder))
 
     def __len__(self) -> int:
-        return sum(len(fold) for fold in self._folds.values())
+        return sum(map(len, self._folds))
 
     def samples(self, taxonomy: Taxonomy) -> Iterator[Sample]:
         """Yield the patches, fold by fold, with types mapped to `taxonomy`, one of TAXONOMIES.
@@ -53,7 +51,7 @@ class PanNuke:
         Raises InputError if a file can no longer be read, a patch has a value that is not a whole number in its range,
         or its masks are not instance ids (see `check_instance_ids`).
         """
-        for fold in self._folds.values():
+        for fold in self._folds:
             for i in range(len(fold)):
                 yield fold.read(i, taxonomy)
 

@@ -84,11 +84,9 @@ class Qupath:
         self._folder, self._class_map = folder, class_map
         self._counts: Counter[str] = Counter()
         self._warnings: list[str] = []
-        self._pictures: list[_Picture] = []
         annotated, others = find_annotated(folder)
         self._counts["pictures have no GeoJSON file; skipped"] = others
-        for files in annotated:
-            self._pictures.append(self._open(files))
+        self._pictures = [self._open(files) for files in annotated]
 
     @staticmethod
     def recognises(folder: Path) -> bool:
