@@ -124,7 +124,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         tile_out=tile_out,
         sobel={},
         seam_exact=SYSTEMS[kind.system].seam_exact,
-        licence=_licence(sources, record["teacher"]),
+        licence=_licence(sources, record["teacher"], record["before"]),
         training={
             "steps": saved["step"],
             "settings": config,
@@ -206,14 +206,23 @@ def calibrated(network: nn.Module, card: Card, data: Path) -> Card:
     return replace(card, sobel=found.constants.to_json(), metrics={**card.metrics, "calibration": calibration})
 
 
-def _licence(sources: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> str:
-    """Return the licence of weights trained on these sources and, if there was a teacher, distilled from it."""
+def _licence(
+    sources: Mapping[str, Any], teacher: Mapping[str, Any] | None = None, before: Mapping[str, Any] | None = None
+) -> str:
+    """Return the licence of weights trained on these sources.
+
+    `teacher`: entry of the record for the teacher, if they were distilled. `before`: origin of the initial weights; the
+    weights are not free if these are not.
+    """
+    started = (before or {}).get("licence", "")
     if sources.keys() <= KNOWN.keys():
         names = _list([KNOWN[source] for source in sorted(sources)])
-        free = sources.keys() <= OPEN.keys()
+        free = sources.keys() <= OPEN.keys() and (not started or started.startswith("CC BY 4.0"))
         terms = f"{'CC BY 4.0' if free else 'CC BY-NC-SA 4.0, research only'}: trained on {names}"
     else:
         terms = f"as its data's: trained on {_list(sorted(sources))}; see their licences before giving it away"
+    if started not in ("", terms):
+        terms = f"{terms}; started from weights with the licence: {started}"
     return terms if teacher is None else f"{terms}; distilled from {teacher['name']} ({teacher['licence']})"
 
 

@@ -99,7 +99,7 @@ def _load_package(init: Path, config: TrainConfig, taxonomy: Taxonomy, network: 
             f"--init {init}: its weights do not fit the network ({str(error).splitlines()[1].strip()[:200]}); give "
             "another package, or another --width"
         ) from error
-    return dict(card.training)
+    return {**card.training, "licence": card.licence}
 
 
 def _imagenet(encoder: str) -> Mapping[str, Tensor]:

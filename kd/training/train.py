@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.model.heads import Heads
+from hover_batch.model.package import find_package
 from hover_batch.nuclei.systems import splitter
 from hover_batch.taxonomy import NUCLEI
 from kd.data.datasets import read_data
@@ -55,7 +56,8 @@ def train(config: TrainConfig) -> nn.Module:
     samples = [s for s in data.samples if s.source in shares]
     validation = [s for s in read_data(config.data, config.val_folds).samples if s.source in shares]
     # Annotations without types teach one class. A teacher, or the weights to start from, bring classes of their own.
-    typed = config.distils or config.init is not None or any(s.types is not None for s in samples)
+    begins_typed = config.init is not None and find_package(str(config.init), "--init").card.taxonomy != NUCLEI
+    typed = config.distils or begins_typed or any(s.types is not None for s in samples)
     taxonomy = data.taxonomy if typed else NUCLEI
     if config.schedule == "plateau" and not validation:
         raise InputError(

@@ -104,12 +104,21 @@ def test_a_trained_teacher_becomes_a_package_that_predicts(config, tmp_path):
 
 
 def test_sources_that_are_not_known_leave_the_licence_to_their_own():
-    assert _licence({"ours": {}, "consep": {}}, None) == (
+    assert _licence({"ours": {}, "consep": {}}) == (
         "as its data's: trained on consep and ours; see their licences before giving it away"
     )
     known = {"consep": {}, "monuseg": {}, "tnbc": {}}
-    assert _licence(known, None) == "CC BY-NC-SA 4.0, research only: trained on CoNSeP, MoNuSeg and TNBC"
-    assert _licence({"tnbc": {}, "dsb2018": {}}, None) == "CC BY 4.0: trained on DSB 2018 and TNBC"
+    assert _licence(known) == "CC BY-NC-SA 4.0, research only: trained on CoNSeP, MoNuSeg and TNBC"
+    free = _licence({"tnbc": {}, "dsb2018": {}})
+    assert free == "CC BY 4.0: trained on DSB 2018 and TNBC"
+    assert _licence({"tnbc": {}, "dsb2018": {}}, before={"licence": free}) == free
+    assert _licence({"tnbc": {}}, before={"licence": free}) == (
+        f"CC BY 4.0: trained on TNBC; started from weights with the licence: {free}"
+    )
+    starter = find_package("starter").card.licence
+    assert _licence({"tnbc": {}}, before={"licence": starter}) == (
+        f"CC BY-NC-SA 4.0, research only: trained on TNBC; started from weights with the licence: {starter}"
+    )
 
 
 def test_annotations_without_types_train_one_class(config, tmp_path, by_default):
@@ -119,6 +128,9 @@ def test_annotations_without_types_train_one_class(config, tmp_path, by_default)
     assert [c.name for c in card.taxonomy.nuclei] == ["nucleus"]
     assert card.licence == "CC BY 4.0: trained on TNBC"
     assert card.metrics["val"]["tnbc"]["pq"] is not None
+    # These weights can be trained further, on such annotations, too.
+    further = replace(config, sources={"tnbc": 1.0}, out=tmp_path / "further", init=tmp_path / "open.safetensors")
+    train(replace(further, max_steps=1))
 
 
 def test_the_note_says_which_source_taught_a_class():
