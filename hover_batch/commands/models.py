@@ -37,7 +37,8 @@ PackageArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="`starter`, `starter-open`, a name that `models list` shows, a .safetensors file, or a folder that holds one.",
+        help="`starter`, `starter-open`, another name that `models list` shows, a .safetensors file, or a folder that "
+        "holds one.",
     ),
 ]
 
@@ -226,8 +227,8 @@ def list_packages(
 ) -> None:
     """List the packages on this machine, and the published models that can be imported.
 
-    The packages are the two starters, those in the cache, and those in FOLDER. The cost of a published model is its number
-    of multiply-accumulates (MACs) per kept pixel of a slide. MACs on the margins of tiles are included.
+    The packages are the two starters, those in the cache, and those in FOLDER. The cost of a published model is its
+    number of multiply-accumulates (MACs) per kept pixel of a slide. MACs on the margins of tiles are included.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; name one that holds .safetensors files")
@@ -269,7 +270,9 @@ def show_package(
 def verify_packages(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Packages to check.", show_default="the starters and the whole cache"),
+        typer.Argument(
+            metavar="[MODEL]...", help="Packages to check.", show_default="the starters and the whole cache"
+        ),
     ] = None,
 ) -> None:
     """Verify the checksums of packages and downloads.

@@ -269,7 +269,12 @@ def test_verify_finds_corrupted_files(server: Server, checkpoint: bytes) -> None
     download = download_path(f"{server.url}/net.pth")
     result = run("verify")
     assert result.exit_code == 0
-    assert result.stdout.splitlines() == ["ok         starter", "ok         starter-open", "ok         net", f"ok         {download}"]
+    assert result.stdout.splitlines() == [
+        "ok         starter",
+        "ok         starter-open",
+        "ok         net",
+        f"ok         {download}",
+    ]
     _flip(download)
     result = run("verify")
     assert result.exit_code == 2 and f"CORRUPTED  {download}" in result.stdout and "ok         net" in result.stdout
