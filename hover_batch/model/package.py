@@ -43,8 +43,8 @@ def find_package(name_or_path: str, option: str = "--model") -> Package:
     """Find the package `name_or_path` and read its card. The weights are not loaded.
 
     `name_or_path`: `starter`, `starter-open`, the path of a .safetensors file or of a folder with one such file, or the
-    name of a package in the cache. An existing path takes precedence over a name in the cache. `option`: option or argument by
-    which the user named it, for messages.
+    name of a package in the cache. An existing path takes precedence over a name in the cache. `option`: option or
+    argument by which the user named it, for messages.
 
     PackageError if there is no such package, it cannot be read, or it has no valid card.
     """
