@@ -134,7 +134,7 @@ def test_a_query_reads_the_ranges_that_it_needs(tmp_path: Path, monkeypatch: pyt
     assert sum(read) < len(content) / 2
 
 
-POSITIONS = [pytest.param(1, marks=pytest.mark.faults), 20]
+POSITIONS = [pytest.param(1, marks=pytest.mark.faults), 40]
 
 
 @pytest.mark.parametrize("step", POSITIONS)

@@ -117,9 +117,15 @@ def near_by_tree(nuclei: pd.DataFrame, of: str, to: str, within: float) -> int:
 
 
 @pytest.mark.parametrize(
-    ("of", "to"), [("epithelial", "inflammatory"), ("spindle", "spindle"), ("miscellaneous", "spindle")]
+    ("of", "to", "within"),
+    [
+        ("epithelial", "inflammatory", 9.0),
+        ("epithelial", "inflammatory", 20.0),
+        ("spindle", "spindle", 20.0),
+        ("spindle", "spindle", 333.3),
+        ("miscellaneous", "spindle", 333.3),
+    ],
 )
-@pytest.mark.parametrize("within", [9.0, 20.0, 333.3])
 def test_near_is_what_a_tree_finds(asked: Asked, tmp_path: Path, of: str, to: str, within: float) -> None:
     found = answer(tmp_path, "near", asked.root, "--of", of, "--to", to, "--within", within).set_index("slide_id")
     known = asked.nuclei()

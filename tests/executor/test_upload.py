@@ -295,6 +295,7 @@ def test_no_secret_of_a_slide_s_url_is_recorded(
     assert recorded == [["hover_batch.segment_slide", "https://host/a.svs"]]
 
 
+@pytest.mark.slow  # for its run on Ray; the driver uploads with either executor, and the other tests run the local one
 def test_the_driver_uploads_what_ray_has_made(fields: Fields, run_on_ray: Run, tmp_path: Path) -> None:
     assert run_on_ray(fields("a", "b"), tmp_path / "work", LoadQuick(), bucket=URL).exit_code == 0
     assert_bucket_holds(tmp_path / "work", "a", "b")
