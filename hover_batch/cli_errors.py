@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
+import re
 import sys
 from typing import Any
 
@@ -67,6 +69,10 @@ class CommandGroup(TyperGroup):
     exit code.
     """
 
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        _join_lines(self)
+
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run the command line, with the arguments and the result of typer's `main`. It usually ends with SystemExit.
 
@@ -102,6 +108,15 @@ class CommandGroup(TyperGroup):
         except KeyboardInterrupt as error:
             _say(ctx, "Interrupted. Finished work is kept: run the same command again to resume.", 130)
             raise typer.Exit(130) from error
+
+
+def _join_lines(group: TyperGroup) -> None:
+    """Join the lines of each paragraph of the commands' help, since rich keeps the line breaks of the source code."""
+    for command in group.commands.values():
+        if command.help:
+            command.help = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(command.help))
+        if isinstance(command, TyperGroup):
+            _join_lines(command)
 
 
 def _say(ctx: Any, message: str, exit_code: int) -> None:

@@ -93,6 +93,16 @@ def test_help_is_coloured_elsewhere() -> None:
     assert b"\x1b[" in on_a_terminal(["--help"], TERM="xterm-256color")
 
 
+@pytest.mark.parametrize("command", ["segment", "cohort build", "kd prepare"])
+def test_help_fills_the_lines_of_a_terminal(command: str) -> None:
+    """The next word would not fit on any line that does not end a paragraph."""
+    shown = CliRunner().invoke(app, [*command.split(), "--help"], terminal_width=80).output
+    lines = [line.strip() for line in shown.partition("╭")[0].splitlines()]
+    assert len(lines) > 10 and max(map(len, lines)) <= 78
+    for line, after in zip(lines, lines[1:], strict=False):
+        assert not line or not after or len(f"{line} {after.split()[0]}") > 78
+
+
 def test_json_lines_for_schedulers(cohort: Path, tmp_path: Path) -> None:
     arguments = [*COMMAND, "segment", str(cohort), "-o", str(tmp_path / "out"), "--unit", "256"]
     before = datetime.now(UTC) - timedelta(milliseconds=1)  # in which times are told
