@@ -30,7 +30,7 @@ from hover_batch.taxonomy import Taxonomy
 STORE_BYTES_PER_PIXEL = 4.0
 """Compressed size of all planes per predicted pixel of dense tissue (3.8 on the example)."""
 MPX_PER_CORE_SECOND = 0.5
-"""Inference megapixels that one core processes in a second, for the estimate only."""
+"""Inference megapixels that one core processes in a second with the starter, for the estimate only."""
 ASKED_AT_ONCE = 16
 """Number of slides in cloud storage that are checked at the same time; each takes a few requests and 3 MiB."""
 
@@ -135,7 +135,8 @@ class Plan:
         store = 0.0 if settings.output.discard_predictions else pixels * STORE_BYTES_PER_PIXEL
         lines.append(
             f"at most: {sum(slide.tiles for slide in self.slides):,} tiles, {pixels / 1e6:,.0f} Mpx, "
-            f"{store / 1e9:.1f} GB of stored predictions, about {duration(seconds)} on {cores} idle cores"
+            f"{store / 1e9:.1f} GB of stored predictions, about {duration(seconds)} on {cores} idle cores at "
+            "the starter's speed"
         )
         return lines
 
