@@ -23,6 +23,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hover_batch.errors import InputError
+
+
+def given_path(text: str) -> Path:
+    """Return `text`, the value of an option or argument, as a path.
+
+    ~ is expanded, as the shell does not after --out=. InputError if the text is empty or has a NUL character.
+    """
+    if not text:  # it would be the current folder
+        raise InputError(
+            'a path is empty, perhaps because a variable is not set; give the path, or "." for this folder'
+        )
+    if "\0" in text:
+        raise InputError(f"{text!r}: a path cannot contain a NUL character; correct it")
+    return Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:

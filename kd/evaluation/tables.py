@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,6 +254,9 @@ def _rows(
 def _at(values: Any, path: Sequence[str]) -> float | None:
     for key in path:
         values = values.get(key) if isinstance(values, Mapping) else None
+    # float() would also read true and "0.7", and JSON's 1e999 is infinite.
+    if values is not None and (type(values) not in (int, float) or not abs(values) <= sys.float_info.max):
+        raise TypeError(f"{'.'.join(path)} is {values!r:.40}, not a finite number")
     return None if values is None else float(values)
 
 

@@ -16,6 +16,7 @@ import kd.training.crops
 import kd.training.schedule
 import kd.training.train
 import kd.training.validate
+from hover_batch.cohort.run_lock import locked
 from hover_batch.errors import HoverBatchError, InputError, PackageError
 from hover_batch.model.package import find_package, load_network
 from hover_batch.taxonomy import CONSEP, PANNUKE
@@ -239,6 +240,12 @@ def test_a_file_in_the_place_of_the_folder(config, tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="--out .*out: File exists; give a folder"):
         train(replace(config, out=tmp_path / "out"))
+
+
+def test_two_trainings_do_not_write_to_one_folder(config, tmp_path):
+    with locked(tmp_path / ".lock"), pytest.raises(InputError, match=r"--out .*: another run \(process .* is writing"):
+        train(replace(config, out=tmp_path))
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_a_package_to_start_from_that_is_not_there(config, tmp_path):
