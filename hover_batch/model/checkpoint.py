@@ -26,9 +26,11 @@ from hover_batch.model.fetch import fetched
 from hover_batch.model.package import find_package, not_finite
 from hover_batch.model.published import KINDS
 
-_DAMAGED = (
+DAMAGED = (
+    pickle.UnpicklingError,
     RuntimeError,
     EOFError,
+    OverflowError,
     ValueError,
     KeyError,
     IndexError,
@@ -37,7 +39,7 @@ _DAMAGED = (
     AssertionError,
     struct.error,
 )
-"""Exceptions that torch.load raises for other files and corrupted checkpoints."""
+"""Exceptions that torch.load(weights_only=True) raises for other files and corrupted checkpoints."""
 
 
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
@@ -127,7 +129,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
             f"{path}: is corrupted, or holds more than tensors, which is not unpickled for safety; download it again, "
             "or if you trust the file, save only its state dict: torch.save(state_dict, path)"
         ) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise PackageError(f"{path}: not a torch checkpoint, or a corrupted one; download it again") from error
     record: Mapping[str, Any] = {}
     for key in ("desc", "model_state_dict"):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hover_batch.errors import InputError
+from hover_batch.files import read_whole
 from kd.evaluation.published_rows import (
     COST_COLUMNS,
     COST_NOTES,
@@ -143,7 +144,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        report = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
+        report = json.loads(read_whole(path).decode("utf-8-sig"), parse_constant=_refuse)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give files that `kd evaluate --json` wrote") from error
     except (ValueError, RecursionError) as error:

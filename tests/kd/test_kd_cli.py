@@ -236,7 +236,11 @@ def test_every_path_refuses_what_names_no_file():
     assert not [o.name for o in options if isinstance(o.type, click.Path)], "give it parser=local_path"
     paths = [o for o in options if getattr(o.type, "func", None) is local_path]
     assert len(paths) > 15
-    for text, message in (("", "a path is empty"), ("s3://bucket/a", "is a URL, and `kd` uses files"), ("a\0", "NUL")):
+    for text, message in (
+        ("", "a path is empty"),
+        ("s3://bucket/a", "is a URL, and `kd` uses files"),
+        ("a\0", "null byte"),
+    ):
         for option in paths:
             with pytest.raises(InputError, match=message):
                 option.type.convert(text, option, None)

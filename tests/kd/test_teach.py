@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -258,7 +259,16 @@ def test_outputs_averaged_over_another_number_of_views_are_refused(taught, image
 
 
 @pytest.mark.parametrize(
-    "text", [None, "{", "[]", '{"format": "another"}', '{"format": "hover-batch teacher cache 1"}']
+    "text",
+    [
+        None,
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"format": "another"}',
+        '{"format": "hover-batch teacher cache 1"}',
+        json.dumps({"format": "hover-batch teacher cache 1", "card": CARD.to_json(), "sha256": True}),
+    ],
 )
 def test_what_is_no_cache_is_refused(tmp_path, text):
     if text is not None:
