@@ -14,8 +14,8 @@ from hover_batch.errors import InputError
 from hover_batch.files import given_path
 from hover_batch.model.architectures import architecture
 from hover_batch.model.architectures.hovernet import HoVerNet
-from hover_batch.model.checkpoint import DAMAGED
-from hover_batch.model.package import find_package, load_network, not_finite
+from hover_batch.model.checkpoint import DAMAGED, load_plain
+from hover_batch.model.package import find_package, load_network, not_finite, not_floating
 from hover_batch.taxonomy import Taxonomy
 from kd.training.config import ENCODERS, TrainConfig
 from kd.training.efficientnet_lite import PACKAGES, imagenet_weights
@@ -134,7 +134,7 @@ def _read(given: str) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
     except (SafetensorError, *DAMAGED) as error:
         raise InputError(
             f"--encoder-weights {path}: not a .safetensors file, nor a .pth of tensors alone "
@@ -175,6 +175,8 @@ def _load_encoder(encoder: nn.Module, weights: Mapping[str, Tensor], given: str)
             f"--encoder-weights {given}: {len(faults)} of the encoder's {len(wanted)} tensors do not fit: "
             f"{', '.join(faults[:3])}{more}; give the weights of this --encoder"
         )
+    if odd := not_floating(encoder, {n: found[bare(n)] for n in wanted}):
+        raise InputError(f"--encoder-weights {given}: {odd}, not floating-point weights; give other weights")
     if broken := not_finite({n: found[bare(n)] for n in wanted}):
         raise InputError(f"--encoder-weights {given}: {broken} holds values that are not finite; give other weights")
     # Some of smp's encoders have a load_state_dict of their own that modifies its argument, so it is not used.

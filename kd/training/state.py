@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hover_batch.errors import HoverBatchError, InputError
-from hover_batch.model.checkpoint import DAMAGED
+from hover_batch.model.checkpoint import DAMAGED, load_plain
 from hover_batch.taxonomy import Taxonomy
 from kd.data.samples import Sample, hashes_of, truth_sha256
 from kd.teaching.teacher_cache import TeacherCache
@@ -119,7 +119,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; write one with `hover-batch kd train`")
     try:
-        saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        saved: dict[str, Any] = load_plain(path)
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums of tensors
             if archive.testzip():
                 raise ValueError("checksum mismatch")
