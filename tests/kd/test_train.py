@@ -383,7 +383,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of_and_the_last_one_stays(c
     with pytest.raises(HoverBatchError, match="checkpoint.pt cannot be written .*; make sure that its disk has space"):
         train(config)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv", "panels", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoint.pt", "log.csv", "panels", "tensorboard"}
 
 
 def test_shares_without_any_given(folder, config):
