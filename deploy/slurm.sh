@@ -14,6 +14,14 @@
 #SBATCH --exclusive
 set -euo pipefail
 
+fail() {
+    echo "deploy/slurm.sh: $1" >&2
+    exit 2
+}
+[ -n "${SLURM_JOB_ID:-}" ] || fail "not in a SLURM job; submit it: sbatch deploy/slurm.sh cohort.csv -o out/"
+[ -f .venv/bin/activate ] || fail "$PWD has no .venv; run \`uv sync\` in the checkout, and submit from there"
+[ "$#" -gt 0 ] || fail "no arguments for \`hover-batch segment\`; give them, such as cohort.csv -o out/"
+
 # shellcheck source=/dev/null
 source .venv/bin/activate
 
@@ -26,7 +34,12 @@ export RAY_TMPDIR=/tmp/hb-$SLURM_JOB_ID
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600
 
 # This script runs on the first node, which becomes the head. HEAD_IP selects one of its addresses (e.g. InfiniBand).
-address=${HEAD_IP:-$(hostname -I | cut -d' ' -f1)}:6379
+head=${HEAD_IP:-$(hostname -I | cut -d' ' -f1)}
+case $head in
+    "") fail "\`hostname -I\` gives no address; set HEAD_IP to one of this node's" ;;
+    *:*) head=[${head#[}; head=${head%]}] ;; # IPv6
+esac
+address=$head:6379
 
 exec srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none \
     ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \

@@ -23,6 +23,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hover_batch.errors import InputError
+
+
+def given_path(text: str) -> Path:
+    """Return `text`, the value of an option or argument, as a path.
+
+    ~ is expanded, as the shell does not after --out=. The file need not exist. InputError if the text is empty, or no
+    file can have this name: it is too long, has a NUL character or is a link to itself.
+    """
+    if not text:  # it would be the current folder
+        raise InputError(
+            'a path is empty, perhaps because a variable is not set; give the path, or "." for this folder'
+        )
+    path = Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
+    try:
+        path.stat()
+    except ValueError as error:  # a NUL character
+        raise InputError(f"{text!r:.200}: cannot be a path ({error}); correct it") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise InputError(f"{text:.200}: cannot be used ({error.strerror}); give another path") from error
+    return path
+
+
+_SPECIAL = "is a device or a pipe, not a file; name a file"
+
+
+def is_special(path: Path) -> bool:
+    """Return whether `path` is a device, pipe or socket, of which a read may never end."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
+def read_whole(path: Path) -> bytes:
+    """Return the content of the file at `path`. OSError if it cannot be read, or is a device or a pipe."""
+    if is_special(path):
+        raise OSError(errno.EINVAL, _SPECIAL, str(path))
+    return path.read_bytes()
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -35,9 +73,8 @@ def replacing(path: Path) -> Iterator[Path]:
     OSError if the block wrote no file, or `path` cannot be replaced. Before the block, OSError if `path` is a device,
     pipe or socket, such as /dev/null, which would be gone for all programs.
     """
-    special = path.exists() and not (path.is_file() or path.is_dir())
-    if special or (path.is_symlink() and os.readlink(path).startswith("/proc/")):  # /dev/stdout
-        raise OSError(errno.EINVAL, "is a device or a pipe, not a file; name a file", str(path))
+    if is_special(path) or (path.is_symlink() and os.readlink(path).startswith("/proc/")):  # /dev/stdout
+        raise OSError(errno.EINVAL, _SPECIAL, str(path))
     with _temporary(path) as temporary:
         yield temporary
         _sync(temporary)
@@ -87,7 +124,7 @@ def load_json(path: Path) -> Any:
     ValueError if the content is not valid or larger than MAX_JSON_BYTES, RecursionError if it is nested too deeply,
     OSError if the file cannot be read.
     """
-    content = path.read_bytes()
+    content = read_whole(path)
     try:
         if content.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(content)) as file:
@@ -129,7 +166,7 @@ def read_file(path: Path) -> bytes | None:
     """
     for _ in range(2):
         try:
-            return path.read_bytes()
+            return read_whole(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

@@ -15,6 +15,7 @@ from hover_batch.config import InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.architectures import architecture
 from hover_batch.model.card import Card
+from hover_batch.model.checkpoint import DAMAGED
 from hover_batch.model.heads import SYSTEMS
 from hover_batch.model.images import batch_of, predict_image
 from hover_batch.model.package import find_package, not_finite, save_package
@@ -85,11 +86,16 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     """
     saved = read_checkpoint(checkpoint)
     config, record = saved["config"], saved["record"]
-    taxonomy = Taxonomy.from_json(record["taxonomy"])
     try:
+        taxonomy = Taxonomy.from_json(record["taxonomy"])
         network = build_network(config, len(taxonomy.classes))
         network.load_state_dict(saved["shipped"])
-    except (KeyError, RuntimeError, TypeError) as error:
+        folds = {"val": config["val_folds"]} | ({"test": ["test"]} if config["train_folds"] == ["train"] else {})
+        sources = record["data"]["train"]
+        validated_on = (record["saw"]["val"], record["truth_sha256"]["val"])
+        licence, note = _licence(sources, record["teacher"], record["before"]), _note(sources, taxonomy)
+        kind = architecture(config["model"])
+    except DAMAGED as error:
         raise InputError(
             f"{checkpoint}: its weights do not fit its settings; train again with another --out"
         ) from error
@@ -102,16 +108,12 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
             f"{checkpoint}: a weight is not finite{too_large}, because the training has diverged; train again with a "
             "lower --lr"
         )
-    folds = {"val": config["val_folds"]} | ({"test": ["test"]} if config["train_folds"] == ["train"] else {})
-    sources = record["data"]["train"]
     splits = {
         part: [s for s in read_data(data, part_folds).samples if s.source in sources]
         for part, part_folds in folds.items()
     }
-    validated_on = (record["saw"]["val"], record["truth_sha256"]["val"])
     if (hashes_of(splits["val"]), truth_sha256(splits["val"])) != validated_on:
         raise InputError(f"--data {data}: is not the data that {checkpoint} was validated on; give that one")
-    kind = architecture(config["model"])
     tile_in, tile_out = kind.tile
     card = Card(
         name=out.stem,
@@ -124,7 +126,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         tile_out=tile_out,
         sobel={},
         seam_exact=SYSTEMS[kind.system].seam_exact,
-        licence=_licence(sources, record["teacher"], record["before"]),
+        licence=licence,
         training={
             "steps": saved["step"],
             "settings": config,
@@ -133,7 +135,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
             "saw": record["saw"],
             "saw_groups": record["saw_groups"],
             "data": record["data"] | {part: contents(samples) for part, samples in splits.items()},
-            "note": _note(sources, taxonomy),
+            "note": note,
         },
     )
     batch = batch_of(card, (s.image.shape for samples in splits.values() for s in samples))

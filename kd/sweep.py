@@ -140,11 +140,19 @@ class Run:
     def scores(self) -> dict[str, dict[str, Any]] | None:
         """Scores by source, as `SourceScores.to_json` returns them.
 
-        None if the run is not done, or was scored on other folds or with another `min_area_px`.
+        None if the run is not done, was scored on other folds or with another `min_area_px`, or its file is altered.
         """
         stored = read_json(self.folder / SCORES) or {}
         as_asked = (stored.get("folds"), stored.get("min_area_px")) == (list(self.test_folds), self.min_area_px)
-        return stored.get("sources") if as_asked else None
+        sources = stored.get("sources")
+        return sources if as_asked and isinstance(sources, dict) and all(map(_is_scores, sources.values())) else None
+
+
+def _is_scores(scores: Any) -> bool:
+    """Return whether the report can be made from these scores of a source, which may be from an altered file."""
+    return isinstance(scores, dict) and all(
+        name in scores and (scores[name] is None or type(scores[name]) in (int, float)) for name in SUMMARY_SCORES
+    )
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hover_batch.errors import InputError
 from hover_batch.files import (
+    given_path,
     leftovers,
+    read_whole,
     replacing,
     replacing_folder,
     sha256_file,
@@ -228,3 +231,17 @@ def test_devices_and_pipes_are_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="is a device or a pipe, not a file; name a file"):
             write_atomically(path, b"")
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "stdout").is_symlink()
+
+
+def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert given_path(str(tmp_path / "none" / "x")) == tmp_path / "none" / "x"
+    for text, message in (("", "empty"), ("a\0", "cannot be a path"), ("x" * 300, "too long"), ("loop", "symbolic")):
+        with pytest.raises(InputError, match=message):
+            given_path(str(tmp_path / text) if text == "loop" else text)
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is a device or a pipe"):
+        read_whole(tmp_path / "pipe")

@@ -78,8 +78,13 @@ OPEN_TO_KD = (
 )
 OPEN_ABOVE_KD = ("cli", "commands")
 """Rooms that may import kd: to mount its commands, and to use it in theirs."""
-MODULES_OPEN_TO_KD = ("hover_batch.executor.map_tasks", "hover_batch.cohort.record")
-"""What kd may ask of other rooms: to do a function's work over many items, and to open a slide by its record."""
+MODULES_OPEN_TO_KD = (
+    "hover_batch.executor.map_tasks",
+    "hover_batch.cohort.record",
+    "hover_batch.cohort.run_lock",
+)
+"""What kd may ask of other rooms: to do a function's work over many items, to open a slide by its record, and to lock a
+folder."""
 
 
 @dataclass(frozen=True)

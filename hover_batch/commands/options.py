@@ -18,6 +18,7 @@ from hover_batch.bucket import instead_of_url
 from hover_batch.cohort.record import Url
 from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
+from hover_batch.files import given_path
 from hover_batch.formatting import suggestion
 from hover_batch.logs import LogFormat, json_line
 from hover_batch.model.cache import VARIABLE as CACHE_VARIABLE
@@ -89,16 +90,7 @@ def local_path(text: str) -> Path:
         raise InputError(
             f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; {instead_of_url(url)}"
         )
-    return _path(text)
-
-
-def _path(text: str) -> Path:
-    """Return the path, with ~ expanded, as the shell does not after --output=. InputError if it is empty."""
-    if not text:  # it would be the current folder
-        raise InputError(
-            'a path is empty, perhaps because a variable is not set; give the path, or "." for this folder'
-        )
-    return Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
+    return given_path(text)
 
 
 RunArgument = Annotated[
@@ -185,7 +177,7 @@ def place(text: str) -> Path | Url:
             f"{url}: the URL that you gave has a user, a password, a query or a fragment; leave this out, and "
             "give credentials in the environment"
         )
-    return url or _path(text)
+    return url or given_path(text)
 
 
 def warn_of_unknown_variables(ctx: typer.Context) -> None:

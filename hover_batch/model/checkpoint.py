@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,14 @@ from hover_batch.model.architectures import architectures
 from hover_batch.model.architectures.protocol import Architecture, Recognised
 from hover_batch.model.card import Card
 from hover_batch.model.fetch import fetched
-from hover_batch.model.package import find_package, not_finite
+from hover_batch.model.package import find_package, not_finite, not_floating
 from hover_batch.model.published import KINDS
 
-_DAMAGED = (
+DAMAGED = (
+    pickle.UnpicklingError,
     RuntimeError,
     EOFError,
+    OverflowError,
     ValueError,
     KeyError,
     IndexError,
@@ -37,7 +40,18 @@ _DAMAGED = (
     AssertionError,
     struct.error,
 )
-"""Exceptions that torch.load raises for other files and corrupted checkpoints."""
+"""Exceptions that torch.load(weights_only=True) raises for other files and corrupted checkpoints."""
+
+
+def load_plain(path: Path) -> Any:
+    """Return the content of a file that torch.save wrote, with all tensors on the CPU.
+
+    Only tensors and plain values are unpickled. Exceptions of DAMAGED if it holds anything else, or is corrupted;
+    OSError if it cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of other pickle protocols and of sparse tensors
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = None) -> tuple[nn.Module, Card]:
@@ -76,6 +90,8 @@ def read_checkpoint(source: str, kind: str | None = None, sha256: str | None = N
     }
     card = replace(card_of(name, architecture), encoder=found.encoder, training=training)
     network = architecture.build(card, weights)
+    if odd := not_floating(network, weights):
+        raise PackageError(f"{path}: {odd}, not floating-point weights; save the network's state dict as float32")
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -121,13 +137,13 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     if path.suffix == ".safetensors":
         raise PackageError(f"{path}: is already a .safetensors file; published checkpoints are .tar and .pth files")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
     except pickle.UnpicklingError as error:
         raise PackageError(
             f"{path}: is corrupted, or holds more than tensors, which is not unpickled for safety; download it again, "
             "or if you trust the file, save only its state dict: torch.save(state_dict, path)"
         ) from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise PackageError(f"{path}: not a torch checkpoint, or a corrupted one; download it again") from error
     record: Mapping[str, Any] = {}
     for key in ("desc", "model_state_dict"):

@@ -109,6 +109,8 @@ def load_network(package: Package) -> nn.Module:
         )
     try:
         network = kind.build(card, tensors)
+        if odd := not_floating(network, tensors):
+            raise ValueError(f"{odd}, not floating-point weights")
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         # Raised by the libraries for unknown encoders and for wrong shapes.
@@ -137,9 +139,22 @@ def load_tensors(package: Package) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def not_floating(network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name and dtype of the first tensor that has none of torch's usual floating-point dtypes, but stands
+    for floating-point weights of `network`; None if there is none. torch would convert it without a word.
+    """
+    import torch
+
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    wanted = [n for n, t in network.state_dict().items() if t.is_floating_point() and n in tensors]
+    return next((f"{n} holds {tensors[n].dtype} values" for n in wanted if tensors[n].dtype not in usual), None)
+
+
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Return the name of the first of the tensors with a value that is NaN or infinite, or None if there is none."""
-    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
+    # torch cannot compare floats of 8 bits, nor quantized values; `not_floating` refuses them.
+    comparable = ((n, t) for n, t in tensors.items() if t.is_floating_point() and t.element_size() > 1)
+    return next((name for name, t in comparable if not t.isfinite().all()), None)
 
 
 def save_package(path: Path, network: nn.Module, card: Card, *, half: bool = True) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from hover_batch.config import PostSettings, SobelNorm
 from hover_batch.errors import InputError
-from kd.commands.options import Data, MinAreaPx, PackageArgument, Threads
+from kd.commands.options import Data, MinAreaPx, PackageArgument, Threads, local_path
 
 
 def evaluate(
@@ -56,10 +56,20 @@ def evaluate(
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="File to write all results to, for `kd tables` and for --against."),
+        typer.Option(
+            "--json",
+            help="File to write all results to, for `kd tables` and for --against.",
+            parser=local_path,
+            metavar="PATH",
+        ),
     ] = None,
     panel: Annotated[
-        Path | None, typer.Option(help="Picture to write (.png): image, annotations and prediction side by side.")
+        Path | None,
+        typer.Option(
+            help="Picture to write (.png): image, annotations and prediction side by side.",
+            parser=local_path,
+            metavar="PATH",
+        ),
     ] = None,
     beside: Annotated[
         str | None,

@@ -8,13 +8,28 @@ from typing import Annotated
 
 import typer
 
+from hover_batch.cohort.record import Url
 from hover_batch.config import Backend
 from hover_batch.errors import InputError
+from hover_batch.files import given_path
+
+
+def local_path(text: str) -> Path:
+    """Return `text`, the value of an option or argument, as a path on this machine.
+
+    InputError if it is a URL, or empty.
+    """
+    if url := Url.of(text):
+        raise InputError(f"{url}: is a URL, and `kd` uses files on this machine only; copy them, and give their path")
+    return given_path(text)
+
 
 Data = Annotated[
     Path,
     typer.Option(
         help="Annotated images: a cache that `kd prepare` wrote (.zarr, .npz), or a folder with dataset.csv.",
+        parser=local_path,
+        metavar="PATH",
         show_default=False,
     ),
 ]
@@ -22,7 +37,15 @@ PackageArgument = Annotated[
     str, typer.Argument(help="Model package: `starter`, a .safetensors file, or its folder.", show_default=False)
 ]
 PackageFile = Annotated[
-    Path, typer.Option("--out", "-o", help="Package to write, a .safetensors file.", show_default=False)
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Package to write, a .safetensors file.",
+        parser=local_path,
+        metavar="PATH",
+        show_default=False,
+    ),
 ]
 Source = Annotated[
     list[str] | None, typer.Option(help="Source of the data to use; repeat for several.", show_default="all")

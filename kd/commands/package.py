@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from kd.commands.options import Data, PackageFile, check_package_file
+from kd.commands.options import Data, PackageFile, check_package_file, local_path
 
 
 def package(
     checkpoint: Annotated[
-        Path, typer.Argument(help="checkpoint.pt in the output folder of `kd train`.", show_default=False)
+        Path,
+        typer.Argument(help="checkpoint.pt in the output folder of `kd train`.", parser=local_path, show_default=False),
     ],
     data: Data,
     out: PackageFile,

@@ -10,6 +10,7 @@ import typer
 
 from hover_batch.errors import InputError
 from hover_batch.formatting import plain_console
+from kd.commands.options import local_path
 
 if TYPE_CHECKING:
     from kd.data.findings import Findings
@@ -22,11 +23,20 @@ def prepare(
         typer.Argument(
             help="Folders as published: PanNuke (with Fold 1 …, or a single fold), CoNSeP (with Train and Test); a "
             "folder with dataset.csv; or a folder with pictures or slides and QuPath's GeoJSON.",
+            parser=local_path,
             show_default=False,
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Cache to write: a .zarr folder or a .npz file.", show_default=False)
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Cache to write: a .zarr folder or a .npz file.",
+            parser=local_path,
+            metavar="PATH",
+            show_default=False,
+        ),
     ],
     classes: Annotated[
         str | None,
@@ -53,7 +63,13 @@ def prepare(
         ),
     ] = None,
     sheet: Annotated[
-        Path | None, typer.Option(help="Contact sheet to write, a PNG.", show_default="next to the cache")
+        Path | None,
+        typer.Option(
+            help="Contact sheet to write, a PNG.",
+            parser=local_path,
+            metavar="PATH",
+            show_default="next to the cache",
+        ),
     ] = None,
 ) -> None:
     """Read and check annotated images, and write them to one cache, with a contact sheet for visual inspection.

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 
 from hover_batch.config import EngineSettings, PostSettings
 from hover_batch.errors import InputError, exit_code
 from hover_batch.formatting import plain_console
-from kd.commands.options import Address, BackendOption, Cpus, Data, Gpus, MinAreaPx
+from kd.commands.options import Address, BackendOption, Cpus, Data, Gpus, MinAreaPx, local_path
 from kd.commands.train import train, train_settings
 from kd.training.config import PRESETS
 
@@ -27,7 +28,15 @@ OWN = (*REQUIRED, "encoder", "alpha", "temperature", "seed", "teacher", "threads
 def sweep(
     data: Data,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for sweep.csv, with one subfolder per run.", show_default=False)
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for sweep.csv, with one subfolder per run.",
+            parser=local_path,
+            metavar="PATH",
+            show_default=False,
+        ),
     ],
     encoder: Annotated[
         list[str] | None,
@@ -53,7 +62,13 @@ def sweep(
         ),
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Folder written by `kd teach`.", show_default="none; then α must be 1")
+        Path | None,
+        typer.Option(
+            help="Folder written by `kd teach`.",
+            parser=local_path,
+            metavar="PATH",
+            show_default="none; then α must be 1",
+        ),
     ] = None,
     preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; see `kd train`.")] = "quick",
     test_fold: Annotated[
@@ -132,10 +147,11 @@ def _train_settings(arguments: Sequence[str]) -> dict[str, Any]:
     parser = typer.Typer(add_completion=False)
     parser.command()(train)
     command = typer.main.get_command(parser)
-    unset = [word for name in REQUIRED for word in (f"--{name}", "")]
-    with command.make_context("kd train", [*unset, *arguments]) as context:
+    for option in command.params:
+        option.required = False
+    with command.make_context("kd train", list(arguments)) as context:
         for name in OWN:
-            if context.params[name] not in ("", None):
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
                 raise InputError(f"-- --{name}: the sweep sets it for each run; give it before the --")
         settings = train_settings(context.params)
     if settings["model"] not in (None, "unet"):

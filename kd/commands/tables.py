@@ -8,12 +8,24 @@ from typing import Annotated
 import typer
 
 from hover_batch.errors import InputError
+from kd.commands.options import local_path
 
 
 def tables(
-    runs: Annotated[list[Path], typer.Argument(help="Files written by `kd evaluate --json`.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Files written by `kd evaluate --json`.", parser=local_path, show_default=False),
+    ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for tables.md and the CSV files.", show_default=False)
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for tables.md and the CSV files.",
+            parser=local_path,
+            metavar="PATH",
+            show_default=False,
+        ),
     ],
 ) -> None:
     """Write tables of published scores, with rows for your evaluations, as Markdown and CSV.

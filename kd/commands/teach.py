@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hover_batch.config import EngineSettings
-from kd.commands.options import Address, BackendOption, Cpus, Gpus, Source
+from kd.commands.options import Address, BackendOption, Cpus, Gpus, Source, local_path
 
 
 def teach(
@@ -16,6 +16,7 @@ def teach(
         Path,
         typer.Argument(
             help="Annotated images: a cache that `kd prepare` wrote (.zarr, .npz), or a folder with dataset.csv.",
+            parser=local_path,
             show_default=False,
         ),
     ],
@@ -29,7 +30,12 @@ def teach(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", help="Folder for the outputs; outputs for other data can be added later.", show_default=False
+            "--out",
+            "-o",
+            help="Folder for the outputs; outputs for other data can be added later.",
+            parser=local_path,
+            metavar="PATH",
+            show_default=False,
         ),
     ],
     fold: Annotated[

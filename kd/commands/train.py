@@ -9,20 +9,25 @@ from typing import Annotated, Any
 import typer
 
 from hover_batch.errors import InputError
-from kd.commands.options import Data
+from kd.commands.options import Data, local_path
 from kd.training.config import PRESETS, SIDES, TrainConfig
 
 _PRESET = "the preset's"
 SETTINGS = {"fold": "train_folds", "val_fold": "val_folds", "source": "sources"}
 """Option → setting of `TrainConfig`, where their names differ because the option is repeated."""
-PATHS = ("data", "out", "init", "teacher")
 
 
 def train(
     ctx: typer.Context,
     data: Data,
     out: Annotated[
-        Path, typer.Option(help="Folder for checkpoint.pt, the logs, the panels and the package.", show_default=False)
+        Path,
+        typer.Option(
+            help="Folder for checkpoint.pt, the logs, the panels and the package.",
+            parser=local_path,
+            metavar="PATH",
+            show_default=False,
+        ),
     ],
     preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}; see above. Other options override it.")] = "quick",
     model: Annotated[
@@ -59,10 +64,21 @@ def train(
     ] = None,
     init: Annotated[
         Path | None,
-        typer.Option(help="Model package with the initial weights, of the same network.", show_default=False),
+        typer.Option(
+            help="Model package with the initial weights, of the same network.",
+            parser=local_path,
+            metavar="PATH",
+            show_default=False,
+        ),
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Distil from the outputs in this folder of `kd teach`.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Distil from the outputs in this folder of `kd teach`.",
+            parser=local_path,
+            metavar="PATH",
+            show_default=False,
+        ),
     ] = None,
     alpha: Annotated[
         float | None,
@@ -201,8 +217,6 @@ def train_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises InputError if a --source is not NAME=SHARE, or the same source is given twice.
     """
     settings = {SETTINGS.get(name, name): value for name, value in options.items()}
-    for name in PATHS:
-        settings[name] = Path(settings[name]) if settings[name] else None
     for name in ("train_folds", "val_folds"):
         settings[name] = tuple(settings[name]) if settings[name] else None
     settings["sources"] = _shares(settings["sources"]) if settings["sources"] else None

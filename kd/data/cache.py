@@ -18,8 +18,9 @@ import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -190,7 +191,7 @@ class Cache:
                 f"{path} has format version {header['version']}, not {VERSION}; run `hover-batch kd prepare` again"
             )
         self.taxonomy = Taxonomy.from_json(header["taxonomy"])
-        self.entries = [Entry(**entry) for entry in header["images"]]
+        self.entries = [_entry(i, entry) for i, entry in enumerate(header["images"])]
 
     @property
     def folds(self) -> list[str]:
@@ -220,6 +221,8 @@ class Cache:
             arrays = self._store.read(i, (entry.height, entry.width), offset)
             if _sha256(arrays) != entry.sha256:
                 raise ValueError("checksum mismatch")
+            if arrays["types"].max(initial=0) >= len(self.taxonomy.classes):
+                raise ValueError("a class that the header does not have")
         except Exception as error:  # zarr, its codecs, zip and numpy raise many kinds for corrupted files
             raise InputError(
                 f"{self._path}: the image {entry.id} is corrupted; run `hover-batch kd prepare` again to replace the "
@@ -252,6 +255,16 @@ def open_cache(path: Path) -> Cache:
         raise
     except Exception as error:  # zarr, zip and JSON raise many kinds for corrupted files
         raise InputError(f"{path} cannot be read as a cache; run `hover-batch kd prepare` again ({error})") from error
+
+
+def _entry(i: int, values: dict[str, Any]) -> Entry:
+    """Return the entry of image `i`. Raises ValueError or TypeError if a value is missing or invalid."""
+    entry = Entry(**values)
+    for field in fields(Entry):
+        value = getattr(entry, field.name)
+        if type(value).__name__ != field.type or (field.type == "int" and value < 1):
+            raise ValueError(f"the {field.name} of image {i} is {value!r:.40}")
+    return entry
 
 
 def _sha256(arrays: Arrays) -> str:

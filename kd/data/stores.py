@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hover_batch.files import is_special
+
 CHUNK = 1 << 20
 """Number of pixels in a chunk of the zarr arrays."""
 
@@ -104,6 +106,8 @@ class ZarrStore:
         `i` is ignored. Errors of zarr propagate.
         """
         stop = offset + math.prod(shape)
+        if stop > self._group["instances"].shape[0]:
+            raise ValueError("the arrays are shorter than the header says")
         chunks = range(offset // CHUNK, -(-stop // CHUNK))
         arrays: Arrays = {}
         for name, (_, pixel_shape) in ARRAYS.items():
@@ -137,6 +141,8 @@ class NpzStore:
 
         Errors of zipfile propagate.
         """
+        if is_special(path):
+            raise ValueError("is a device or a pipe")
         return cls(zipfile.ZipFile(path))
 
     @property

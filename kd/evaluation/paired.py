@@ -88,7 +88,10 @@ class Baseline:
 
 
 def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and row.keys() >= COLUMNS and isinstance(row["pq"], float | int | None)
+    if not isinstance(row, dict) or not row.keys() >= COLUMNS:
+        return False
+    plain = isinstance(row["id"], str) and isinstance(row["sha256"], str) and type(row["nuclei"]) is int
+    return plain and (row["pq"] is None or (type(row["pq"]) in (int, float) and 0 <= row["pq"] <= 1))
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ import csv
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hover_batch.errors import InputError
+from hover_batch.files import read_whole
 from kd.evaluation.published_rows import (
     COST_COLUMNS,
     COST_NOTES,
@@ -142,7 +144,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        report = json.loads(path.read_text("utf-8"), parse_constant=_refuse)
+        report = json.loads(read_whole(path).decode("utf-8-sig"), parse_constant=_refuse)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; give files that `kd evaluate --json` wrote") from error
     except (ValueError, RecursionError) as error:
@@ -253,6 +255,9 @@ def _rows(
 def _at(values: Any, path: Sequence[str]) -> float | None:
     for key in path:
         values = values.get(key) if isinstance(values, Mapping) else None
+    # float() would also read true and "0.7", and JSON's 1e999 is infinite.
+    if values is not None and (type(values) not in (int, float) or not abs(values) <= sys.float_info.max):
+        raise TypeError(f"{'.'.join(path)} is {values!r:.40}, not a finite number")
     return None if values is None else float(values)
 
 

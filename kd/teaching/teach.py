@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hover_batch.cohort.run_lock import locked
 from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError
 from hover_batch.executor.map_tasks import TaskFailed, map_tasks, task_resources
@@ -30,6 +31,8 @@ TILES_A_TASK = 16
 """Number of tiles from which on no more images are added to a task."""
 THREADS = 4
 """Threads of each teacher on the CPU with Ray, which may run several teachers."""
+LOCK = ".lock"
+"""Name of the file in the folder of the outputs that a run locks while it writes."""
 NOTIFY_EVERY_S = 10.0
 """Shortest interval between progress lines, in seconds."""
 
@@ -87,10 +90,10 @@ def teach(
     and flips of each image, else 1. `engine`: settings of the backend. `notify`: called with lines about the progress.
 
     Raises InputError if `tta` is not 1 or 8, the data cannot be read or has no image of a fold, the teacher is for
-    other classes or another pixel size or is not a HoVerNet system, `cache` cannot be created or holds other outputs,
-    or the backend's resources are not available; PackageError if the teacher cannot be loaded or its output is not
-    finite; HoverBatchError if Ray does not start; OSError if an output cannot be written. The first task that fails
-    ends the run with its error; the outputs stored so far remain.
+    other classes or another pixel size or is not a HoVerNet system, `cache` cannot be created, holds other outputs or
+    is written by another run, or the backend's resources are not available; PackageError if the teacher cannot be
+    loaded or its output is not finite; HoverBatchError if Ray does not start; OSError if an output cannot be written.
+    The first task that fails ends the run with its error; the outputs stored so far remain.
     """
     if tta not in (1, len(VIEWS)):
         raise InputError(f"--tta {tta}: must be 1, or {len(VIEWS)} for the rotations and flips of an image")
@@ -109,7 +112,7 @@ def teach(
             "prepare`"
         )
     outputs = TeacherCache.create(cache, package, tta)
-    with task_resources(engine, cache / "ray.log") as resources:
+    with locked(cache / LOCK, "-o"), task_resources(engine, cache / "ray.log") as resources:
         on_gpu = resources.gpus > 0
         if engine.backend == "ray":
             device = "cuda" if on_gpu else "cpu"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hover_batch.errors import InputError, PackageError
-from hover_batch.files import write_atomically
+from hover_batch.files import read_whole, write_atomically
 from hover_batch.model.card import Card
 from hover_batch.model.heads import Heads
 from hover_batch.model.package import Package
@@ -55,14 +55,17 @@ class TeacherCache:
         Raises InputError if there is no cache, or its teacher.json cannot be read.
         """
         try:
-            about = json.loads((path / "teacher.json").read_bytes())
+            about = json.loads(read_whole(path / "teacher.json"))
             if about["format"] != FORMAT:
                 raise ValueError(f"its format is {about['format']}, not {FORMAT}")
             taxonomy = Card.from_json(about["card"]).taxonomy
-            return cls(path, taxonomy, about["sha256"], about["card"], about.get("tta", 1))
+            sha256, tta = about["sha256"], about.get("tta", 1)
+            if not isinstance(sha256, str) or type(tta) is not int:
+                raise ValueError(f"sha256 is {sha256!r:.40}, and tta {tta!r:.40}")
+            return cls(path, taxonomy, sha256, about["card"], tta)
         except FileNotFoundError:
             reason = "it has no teacher.json"
-        except (OSError, ValueError, KeyError, TypeError, PackageError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, PackageError) as error:
             reason = f"its teacher.json cannot be read: {error}"
         raise InputError(
             f"{path}: not a cache of a teacher's outputs ({reason}); write one with `hover-batch kd teach`"

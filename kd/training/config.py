@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,15 @@ SIDES = {
 }
 """Sides in pixels of a training crop, by model: (default, smallest, divisor, remainder of side ÷ divisor).
 With the divisor 0, the default alone is valid."""
+
+LARGEST = {
+    **dict.fromkeys(("steps", "epoch_steps", "max_steps", "warmup"), 1_000_000_000),
+    **dict.fromkeys(("np_weight", "hv_weight", "tp_weight"), 1e6),
+    **dict.fromkeys(("batch", "size", "width"), 4096),
+    "temperature": 1000.0,
+    "threads": 1024,
+}
+"""Largest values of settings; larger ones are treated as typos."""
 
 ENCODERS = ("unet", "dist", "mask-rcnn")
 """Models that have an encoder of segmentation-models-pytorch."""
@@ -226,6 +236,9 @@ class TrainConfig:
             raise InputError(
                 f"--size {self.size}: must be {more}a multiple of {multiple}, at least {smallest}, for {self.model}"
             )
+        for name, largest in LARGEST.items():
+            if (getattr(self, name) or 0) > largest:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at most {largest:.15g}")
         for name in ("batch", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -253,8 +266,8 @@ class TrainConfig:
             object.__setattr__(self, "alpha", 1.0 if self.teacher is None else 0.5)
         if not 0 <= self.alpha <= 1:
             raise InputError(f"--alpha {self.alpha}: must be a number from 0 to 1")
-        if not 0 < self.temperature < math.inf:
-            raise InputError(f"--temperature {self.temperature}: must be above 0, and finite")
+        if not self.temperature >= 0.001:
+            raise InputError(f"--temperature {self.temperature}: must be from 0.001 to 1000")
         if not 0 <= self.seed < 1 << 32:
             raise InputError(f"--seed {self.seed}: must be a number from 0 to {(1 << 32) - 1}")
         if self.distils and self.teacher is None:
@@ -272,8 +285,11 @@ class TrainConfig:
             raise InputError(
                 "--encoder-weights: --init already contains the encoder's weights; give only one of the two"
             )
-        if self.sources is not None and not (self.sources and all(0 < s < math.inf for s in self.sources.values())):
-            raise InputError("--source: give at least one source, each with a share above 0")
+        if self.sources is not None and not (self.sources and all(1e-9 < s < 1e9 for s in self.sources.values())):
+            raise InputError("--source: give at least one source, each with a share above 0 and below 1e9")
+        # timm would download encoders named in some other forms, or read them from a folder.
+        if not re.fullmatch(r"[\w.-]+", self.encoder, re.ASCII):
+            raise InputError(f"--encoder {self.encoder!r:.200}: must be a name such as mit_b0 or tu-resnet18")
         if both := set(self.train_folds) & set(self.val_folds):
             raise InputError(f"--val-fold {min(both)}: is also a fold to train on; validate on another fold")
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hover_batch.errors import InputError
+from hover_batch.files import given_path
 from hover_batch.model.architectures import architecture
 from hover_batch.model.architectures.hovernet import HoVerNet
-from hover_batch.model.package import find_package, load_network
+from hover_batch.model.checkpoint import DAMAGED, load_plain
+from hover_batch.model.package import find_package, load_network, not_finite, not_floating
 from hover_batch.taxonomy import Taxonomy
 from kd.training.config import ENCODERS, TrainConfig
 from kd.training.efficientnet_lite import PACKAGES, imagenet_weights
@@ -54,7 +56,7 @@ def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module
         origin = _load_package(config.init, config, taxonomy, network)
     elif config.model in ENCODERS and config.encoder_weights != "random":
         if config.encoder_weights != "imagenet":
-            weights = _read(Path(config.encoder_weights))
+            weights = _read(config.encoder_weights)
         elif config.encoder in PACKAGES:
             weights, origin["encoder"] = imagenet_weights(config.encoder)
         else:
@@ -70,7 +72,7 @@ def _with_encoder(build: Callable[[], nn.Module], encoder: str) -> nn.Module:
         with torch.inference_mode():
             side = network.eval()(torch.zeros(1, 3, 64, 96)).shape[2:]
     except (KeyError, ValueError, RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).strip("\"'").split(", supported", 1)[0].splitlines()[0][:200]
+        reason = (str(error).strip("\"'").split(", supported", 1)[0] or type(error).__name__).splitlines()[0][:200]
         raise InputError(
             f"--encoder {encoder}: not an encoder of five stages for a U-Net ({reason}); "
             "give mit_b0 … mit_b3, or one of timm's that halves the side five times, such as tu-resnet18"
@@ -120,18 +122,20 @@ def _imagenet(encoder: str) -> Mapping[str, Tensor]:
     return weights
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """Return the state dict in a file, which may be under the key `state_dict` or `model`. Unpickles only tensors."""
+def _read(given: str) -> Mapping[str, Tensor]:
+    """Return the state dict in the file `given`, where it may be under the key `state_dict` or `model`.
+
+    Only tensors are unpickled.
+    """
+    path = given_path(given)
     if not path.is_file():
         raise InputError(f"--encoder-weights {path}: no such file; give one, or `imagenet`, or `random`")
-    import pickle
-
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        content = load_file(path) if path.suffix == ".safetensors" else load_plain(path)
+    except (SafetensorError, *DAMAGED) as error:
         raise InputError(
             f"--encoder-weights {path}: not a .safetensors file, nor a .pth of tensors alone "
             f"({str(error).splitlines()[0][:120] if str(error) else type(error).__name__}); save the encoder's state "
@@ -171,6 +175,10 @@ def _load_encoder(encoder: nn.Module, weights: Mapping[str, Tensor], given: str)
             f"--encoder-weights {given}: {len(faults)} of the encoder's {len(wanted)} tensors do not fit: "
             f"{', '.join(faults[:3])}{more}; give the weights of this --encoder"
         )
+    if odd := not_floating(encoder, {n: found[bare(n)] for n in wanted}):
+        raise InputError(f"--encoder-weights {given}: {odd}, not floating-point weights; give other weights")
+    if broken := not_finite({n: found[bare(n)] for n in wanted}):
+        raise InputError(f"--encoder-weights {given}: {broken} holds values that are not finite; give other weights")
     # Some of smp's encoders have a load_state_dict of their own that modifies its argument, so it is not used.
     with torch.no_grad():
         for name, tensor in encoder.state_dict().items():

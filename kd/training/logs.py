@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,17 +52,30 @@ class Log:
     def write(self, row: Mapping[str, float]) -> None:
         """Append the row of an epoch to log.csv and TensorBoard, and print it to stdout.
 
-        Rows of the same and later steps are removed; an interrupted run may have left them.
+        Rows of the same and later steps are removed; an interrupted run may have left them. A log.csv that is not a log
+        is renamed, and a note is printed, so that the training goes on.
 
         `row`: values by column; it must contain `step`. Raises OSError if a file cannot be written.
         """
-        rows = [r for r in read_log(self.path) if float(r["step"]) < row["step"]]
+        rows = [r for r in self._rows() if float(r["step"]) < row["step"]]
         rows.append({name: f"{value:.6g}" for name, value in row.items()})
         # An epoch may add columns: the first one may have had no image with types.
         write_rows(self.path, rows)
         if self.has_events:
             self._to_tensorboard(row)
         print(" ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+
+    def _rows(self) -> list[dict[str, str]]:
+        try:
+            rows = read_log(self.path)
+            if all(math.isfinite(float(row["step"])) for row in rows):
+                return rows
+        except (ValueError, KeyError, TypeError, csv.Error):
+            pass
+        kept = self.path.with_name(f"damaged_{LOG}")
+        os.replace(self.path, kept)
+        print(f"note: {self.path} is not a log of kd train; renamed to {kept.name}, and a new one is begun", flush=True)
+        return []
 
     def _to_tensorboard(self, row: Mapping[str, float]) -> None:
         from torch.utils.tensorboard import SummaryWriter

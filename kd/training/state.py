@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from hover_batch.errors import HoverBatchError, InputError
+from hover_batch.model.checkpoint import DAMAGED, load_plain
 from hover_batch.taxonomy import Taxonomy
 from kd.data.samples import Sample, hashes_of, truth_sha256
 from kd.teaching.teacher_cache import TeacherCache
@@ -93,9 +93,12 @@ class State:
                 raise InputError(
                     f"{flag}: {path} was written with other contents of {flag}; give another --out, or the same {flag}"
                 )
-        for name in ("model", "shipped", "optimizer", "schedule"):
-            getattr(self, name).load_state_dict(saved[name])
-        self.step, self.best, self.ended, self.row = (saved[name] for name in ("step", "best", "ended", "row"))
+        try:
+            for name in ("model", "shipped", "optimizer", "schedule"):
+                getattr(self, name).load_state_dict(saved[name])
+            self.step, self.best, self.ended, self.row = (saved[name] for name in ("step", "best", "ended", "row"))
+        except DAMAGED as error:
+            raise InputError(f"{path}: its weights do not fit its settings; train again with another --out") from error
 
 
 def _difference(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -116,11 +119,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; write one with `hover-batch kd train`")
     try:
-        saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        saved: dict[str, Any] = load_plain(path)
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums of tensors
             if archive.testzip():
                 raise ValueError("checksum mismatch")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path}: not a checkpoint of `hover-batch kd train`, or corrupted; train again with another --out"
         ) from error

@@ -10,17 +10,20 @@ import copy
 import math
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hover_batch.cohort.run_lock import locked
 from hover_batch.errors import HoverBatchError, InputError
 from hover_batch.model.heads import Heads
 from hover_batch.model.package import find_package
 from hover_batch.nuclei.systems import splitter
 from hover_batch.taxonomy import NUCLEI
-from kd.data.datasets import read_data
+from kd.data.datasets import Data, Sample, read_data
 from kd.panels import write_panel
+from kd.teaching.teacher_cache import TeacherCache
 from kd.training.class_weights import class_weights
 from kd.training.config import TrainConfig
 from kd.training.crops import batches, open_teacher, source_shares, training_crops, validation_crops
@@ -32,6 +35,8 @@ from kd.training.state import State, record_of
 from kd.training.systems import SYSTEMS
 from kd.training.validate import TYPICAL, examples, validate, validation_loss
 
+LOCK = ".lock"
+"""Name of the file in the output folder that a training locks."""
 PANELS = "panels"
 """Folder of the example pictures in the output folder, one per epoch."""
 
@@ -45,12 +50,11 @@ def train(config: TrainConfig) -> nn.Module:
     threads are set, and OpenCV is limited to one thread.
 
     Raises InputError or PackageError if the data, the teacher's outputs or the initial weights cannot be read or do not
-    fit the settings, or the checkpoint was written with other settings or data; HoverBatchError if the loss is not
-    finite or the checkpoint cannot be written; OSError if the log or a picture cannot be written.
+    fit the settings, the checkpoint was written with other settings or data, or another process trains in
+    `config.out`; HoverBatchError if the loss is not finite or the checkpoint cannot be written; OSError if the log or
+    a picture cannot be written.
     """
     torch.set_num_threads(config.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
     data = read_data(config.data, config.train_folds)
     shares = source_shares(config, data.samples)
     samples = [s for s in data.samples if s.source in shares]
@@ -69,7 +73,20 @@ def train(config: TrainConfig) -> nn.Module:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {config.out}: {error.strerror}; give a folder that can be written") from error
+    with locked(config.out / LOCK, "--out"):
+        return _train(config, Data(taxonomy, samples), validation, shares, teacher)
 
+
+def _train(
+    config: TrainConfig,
+    data: Data,
+    validation: Sequence[Sample],
+    shares: Mapping[str, float],
+    teacher: TeacherCache | None,
+) -> nn.Module:
+    """Train on `data` in the folder `config.out`, which exists and is locked; see `train`."""
+    taxonomy, samples = data.taxonomy, data.samples
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.seed)
     model, origin = starting_network(config, taxonomy)
     cut = cut_of(model)

@@ -75,6 +75,39 @@ def test_the_heads_address_can_be_chosen(asked: Any) -> None:
     assert "192.168.1.7:6379" in words and "10.0.0.7:6379" not in words
 
 
+def test_an_ipv6_address_is_bracketed(asked: Any) -> None:
+    for given in ("fd00::7", "[fd00::7]"):
+        assert "[fd00::7]:6379" in asked("cohort.csv", HEAD_IP=given)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "without", "message"),
+    [
+        (["cohort.csv"], {"SLURM_JOB_ID": ""}, "", "not in a SLURM job; submit it"),
+        (["cohort.csv"], {}, ".venv/bin/activate", "has no .venv; run `uv sync`"),
+        (["cohort.csv"], {}, "bin/hostname", "gives no address; set HEAD_IP"),
+        ([], {}, "", "no arguments for `hover-batch segment`"),
+    ],
+)
+def test_what_is_missing_is_told_before_ray_starts(
+    asked: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    words: list[str],
+    environment: dict[str, str],
+    without: str,
+    message: str,
+) -> None:
+    if without == "bin/hostname":
+        (tmp_path / without).write_text("#!/bin/sh\necho\n")
+    elif without:
+        (tmp_path / without).unlink()
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        asked(*words, **environment)
+    assert error.value.returncode == 2 and message in capfd.readouterr().err
+    assert not (tmp_path / "srun.json").exists()
+
+
 def test_ray_takes_its_flags_on_head_and_workers(asked: Any) -> None:
     """`ray symmetric-run` hands them to `ray start`, the same to both."""
     from ray.scripts.symmetric_run import curate_and_validate_ray_start_args

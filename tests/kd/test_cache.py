@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import signal
 import subprocess
 import sys
@@ -128,6 +129,18 @@ def test_a_npz_whose_header_is_damaged(tmp_path):
     content[at : at + 20] = b"\xff" * 20
     path.write_bytes(content)
     with pytest.raises(InputError, match="cannot be read as a cache"):
+        read_data(path, ["1"])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"width": "5"}, {"height": 0}, {"fold": [[]]}, {"typed": 1}, {"height": 10**29}, {"source": None}]
+)
+def test_a_header_whose_values_are_altered(tmp_path, changed):
+    path = write(tmp_path / "data.zarr", [sample("a", 5, 5)])
+    header = json.loads((path / "zarr.json").read_text())
+    header["attributes"]["images"][0] |= changed
+    (path / "zarr.json").write_text(json.dumps(header))
+    with pytest.raises(InputError, match=r"data\.zarr.*run `hover-batch kd prepare` again"):
         read_data(path, ["1"])
 
 

@@ -82,7 +82,11 @@ def test_files_that_do_not_fit_say_what_does_not(weights, tmp_path, capsys):
     name, other = list(weights)[:2]
     refused({n: t for n, t in weights.items() if n != name}, rf"1 of the encoder's \d+ tensors .*{name} \(missing\)")
     refused(weights | {other: torch.zeros(7)}, rf"{other} \(\(7,\), not \(32,\)\); give the weights of this --encoder")
+    refused(weights | {other: torch.full_like(weights[other], torch.nan)}, f"{other} holds values that are not finite")
     refused([1, 2], "holds no state dict")
+    (tmp_path / "text.pth").write_text("hello\n")
+    with pytest.raises(InputError, match="nor a .pth of tensors alone"):
+        starting_network(config(encoder_weights=str(tmp_path / "text.pth")), CONSEP)
     refused({"a": Unwanted()}, "nor a .pth of tensors alone")
     assert "unpickled" not in capsys.readouterr().out
     (tmp_path / "x.safetensors").write_bytes(b"nothing")

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import cv2
 import numpy as np
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from hover_batch.errors import InputError, PackageError
@@ -21,6 +23,7 @@ from hover_batch.model.card import Card
 from hover_batch.model.package import save_package
 from hover_batch.taxonomy import CONSEP, MONUSAC, PANNUKE, Taxonomy
 from kd.cli import kd_app
+from kd.commands.options import local_path
 from kd.data.datasets import read_data
 from kd.evaluation.shifts import SHIFTS
 from kd.training.validate import TYPICAL
@@ -226,6 +229,21 @@ def test_train_says_what_is_wrong(folder, tmp_path, flags, message):
     result = run("train", "--data", folder, "--out", tmp_path, *flags)
     assert isinstance(result.exception, InputError)
     assert message in str(result.exception)
+
+
+def test_every_path_refuses_what_names_no_file():
+    options = [o for command in typer.main.get_command(kd_app).commands.values() for o in command.params]
+    assert not [o.name for o in options if isinstance(o.type, click.Path)], "give it parser=local_path"
+    paths = [o for o in options if getattr(o.type, "func", None) is local_path]
+    assert len(paths) > 15
+    for text, message in (
+        ("", "a path is empty"),
+        ("s3://bucket/a", "is a URL, and `kd` uses files"),
+        ("a\0", "null byte"),
+    ):
+        for option in paths:
+            with pytest.raises(InputError, match=message):
+                option.type.convert(text, option, None)
 
 
 def test_train_makes_a_package(folder, tmp_path, monkeypatch):

@@ -164,6 +164,10 @@ def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
     torch.save(saved | {"config": saved["config"] | {"model": "hovernet-fast"}}, tmp_path / "other.pt")
     with pytest.raises(InputError, match=r"other\.pt: its weights do not fit its settings"):
         make_package(tmp_path / "other.pt", config.data, tmp_path / "a.safetensors")
+    for changed in ({"taxonomy": 5}, {"saw": []}, {"data": {"train": None}}, {"before": [1]}):
+        torch.save(saved | {"record": saved["record"] | changed}, tmp_path / "other.pt")
+        with pytest.raises(InputError, match=r"other\.pt: its weights do not fit its settings"):
+            make_package(tmp_path / "other.pt", config.data, tmp_path / "a.safetensors")
     (tmp_path / "data").mkdir()
     other_data = write_folder(tmp_path / "data", seed=5)
     with pytest.raises(InputError, match="--data .*data: is not the data that .*checkpoint.pt was validated on"):

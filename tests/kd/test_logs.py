@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import pytest
+
 from kd.training.logs import EVENTS, LOG, Log, read_log
 
 
@@ -47,3 +49,13 @@ def test_without_tensorboard_the_csv_is_written_and_it_is_said_once(tmp_path, mo
     assert capsys.readouterr().out.count("tensorboard is not installed") == 1
     assert len(read_log(tmp_path / LOG)) == 2
     assert not (tmp_path / EVENTS).exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfes", b"step;loss\n4;2\n", b"step\nx\n", b"step\nnan\n"])
+def test_a_damaged_log_is_kept_aside_and_the_training_goes_on(tmp_path, monkeypatch, capsys, content):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    (tmp_path / LOG).write_bytes(content)
+    Log(tmp_path).write({"step": 4, "loss": 2.5})
+    assert read_log(tmp_path / LOG) == [{"step": "4", "loss": "2.5"}]
+    assert (tmp_path / "damaged_log.csv").read_bytes() == content
+    assert "log.csv is not a log of kd train; renamed to damaged_log.csv" in capsys.readouterr().out

@@ -101,7 +101,13 @@ def test_other_images_or_annotations_are_refused(samples: list[Sample]) -> None:
 
 
 @pytest.mark.parametrize(
-    "by_image", [{"tnbc": 5}, {"tnbc": [5]}, {"tnbc": [{"id": "s1"}]}, {"tnbc": [row_of(sample(1)) | {"pq": "0.5"}]}]
+    "by_image",
+    [
+        {"tnbc": 5},
+        {"tnbc": [5]},
+        {"tnbc": [{"id": "s1"}]},
+        *({"tnbc": [row_of(sample(1)) | changed]} for changed in ({"pq": "0.5"}, {"pq": True}, {"nuclei": [1]})),
+    ],
 )
 def test_a_file_without_the_scores_of_images_is_refused(tmp_path: Path, by_image: Any) -> None:
     texts = dict.fromkeys(("label", "sha256", "architecture", "data", "sobel_norm"), "x")

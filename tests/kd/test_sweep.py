@@ -196,6 +196,16 @@ def test_a_corrupted_file_of_a_run_gives_no_traceback(tmp_path, trained, name):
         assert isinstance(result.exception, InputError) and "was begun with other" in str(result.exception)
 
 
+@pytest.mark.parametrize("sources", [True, {"tnbc": [1]}, {"tnbc": {"pq": 0.5}}, {"tnbc": {"pq": "0.5"}}])
+def test_altered_scores_are_made_again(tmp_path, trained, sources):
+    assert grid(tmp_path).exit_code == 0
+    scores = tmp_path / "mit_b0_a1" / "scores.json"
+    scores.write_text(json.dumps(json.loads(scores.read_text()) | {"sources": sources}))
+    result = grid(tmp_path)
+    assert result.exit_code == 0 and "3 runs, 2 of them done before" in result.stderr
+    assert report_of(tmp_path)["mit_b0_a1"]["tnbc_pq"] == "0.5"
+
+
 @pytest.mark.parametrize("name", ["data", "data.npz"])
 def test_scores_on_other_data_are_not_those_of_a_run(tmp_path, trained, monkeypatch, name):
     monkeypatch.setattr(kd.sweep, "hashes_of_inputs", hashes_of_inputs)

@@ -194,6 +194,7 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path, text: str, message: st
         {"leakage": [1]},
         {"folds": 3},
         {"label": ["b2"], "sources": {"pannuke": {}}},
+        *({"sources": {"tnbc": scores(PANNUKE, 0.4) | {"pq": value}}} for value in (True, "0.7", 10**400, [0.7])),
     ],
 )
 def test_what_looks_like_an_evaluation_and_is_none_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:

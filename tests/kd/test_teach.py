@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from hover_batch.cohort.run_lock import locked
 from hover_batch.config import EngineSettings, InferSettings
 from hover_batch.errors import InputError, PackageError
 from hover_batch.model.architectures.hovernet import TeacherArch, build_teacher
@@ -91,7 +93,8 @@ def taught(images, professor, tmp_path_factory) -> TeacherCache:
 
 
 def files_of(cache: TeacherCache) -> dict[str, bytes]:
-    return {str(p.relative_to(cache.path)): p.read_bytes() for p in cache.path.rglob("*") if p.is_file()}
+    files = [p for p in cache.path.rglob("*") if p.is_file() and p.name != ".lock"]  # names its process
+    return {str(p.relative_to(cache.path)): p.read_bytes() for p in files}
 
 
 def shards_of(cache: TeacherCache) -> list[Path]:
@@ -256,7 +259,16 @@ def test_outputs_averaged_over_another_number_of_views_are_refused(taught, image
 
 
 @pytest.mark.parametrize(
-    "text", [None, "{", "[]", '{"format": "another"}', '{"format": "hover-batch teacher cache 1"}']
+    "text",
+    [
+        None,
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"format": "another"}',
+        '{"format": "hover-batch teacher cache 1"}',
+        json.dumps({"format": "hover-batch teacher cache 1", "card": CARD.to_json(), "sha256": True}),
+    ],
 )
 def test_what_is_no_cache_is_refused(tmp_path, text):
     if text is not None:
@@ -270,6 +282,11 @@ def test_an_image_that_was_not_taught(taught, samples):
     image[0, 0] ^= 1
     with pytest.raises(InputError, match="no output for the image image 0 of tnbc; run `hover-batch kd teach`"):
         taught.logits(Sample("image 0", "tnbc", "", image, samples[0].instances, None))
+
+
+def test_two_runs_do_not_write_to_one_cache(images, professor, tmp_path):
+    with locked(tmp_path / ".lock"), pytest.raises(InputError, match=r"-o .*: another run \(process .* is writing"):
+        taught_in(tmp_path, images, professor)
 
 
 def test_outputs_beyond_float16(professor, samples, tmp_path):

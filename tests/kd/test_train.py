@@ -16,6 +16,7 @@ import kd.training.crops
 import kd.training.schedule
 import kd.training.train
 import kd.training.validate
+from hover_batch.cohort.run_lock import locked
 from hover_batch.errors import HoverBatchError, InputError, PackageError
 from hover_batch.model.package import find_package, load_network
 from hover_batch.taxonomy import CONSEP, PANNUKE
@@ -241,6 +242,12 @@ def test_a_file_in_the_place_of_the_folder(config, tmp_path):
         train(replace(config, out=tmp_path / "out"))
 
 
+def test_two_trainings_do_not_write_to_one_folder(config, tmp_path):
+    with locked(tmp_path / ".lock"), pytest.raises(InputError, match=r"--out .*: another run \(process .* is writing"):
+        train(replace(config, out=tmp_path))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_a_package_to_start_from_that_is_not_there(config, tmp_path):
     with pytest.raises(PackageError, match="--init none.safetensors: no such package"):
         train(replace(config, out=tmp_path, init=Path("none.safetensors")))
@@ -376,7 +383,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_of_and_the_last_one_stays(c
     with pytest.raises(HoverBatchError, match="checkpoint.pt cannot be written .*; make sure that its disk has space"):
         train(config)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "log.csv", "panels", "tensorboard"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoint.pt", "log.csv", "panels", "tensorboard"}
 
 
 def test_shares_without_any_given(folder, config):

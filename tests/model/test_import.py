@@ -197,11 +197,14 @@ def _bad(kind: str, path: Path) -> None:
             )
         case "nan":
             torch.save({**weights, "conv_bot.weight": weights["conv_bot.weight"] * float("nan")}, path)
+        case "int64" | "complex64" | "float8_e4m3fn" as dtype:
+            torch.save({**weights, "conv_bot.weight": weights["conv_bot.weight"].to(getattr(torch, dtype))}, path)
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        *((dtype, f"conv_bot.weight holds torch.{dtype} values") for dtype in ("int64", "complex64", "float8_e4m3fn")),
         ("absent", "no such file"),
         ("empty", "download it again"),
         ("text", "torch.save"),
