@@ -18,7 +18,7 @@ from hover_batch.bucket import instead_of_url
 from hover_batch.cohort.record import Url
 from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
-from hover_batch.formatting import suggestion
+from hover_batch.formatting import encoding_fault, suggestion
 from hover_batch.logs import LogFormat, json_line
 from hover_batch.model.cache import VARIABLE as CACHE_VARIABLE
 
@@ -80,21 +80,23 @@ CohortArgument = Annotated[
 ]
 
 
-def local_path(text: str) -> Path:
-    """Return `text`, the value of an option or argument, as a path on this machine.
+def local_path(text: str | Path) -> Path:
+    """Return `text`, the value of an option or argument or its default, as a path on this machine.
 
     InputError if it is a URL, or empty.
     """
-    if url := Url.of(text):
+    if url := Url.of(str(text)):
         raise InputError(
             f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; {instead_of_url(url)}"
         )
-    return _path(text)
+    return _path(str(text))
 
 
 def _path(text: str) -> Path:
-    """Return the path, with ~ expanded, as the shell does not after --output=. InputError if it is empty."""
-    if not text:  # it would be the current folder
+    """Return the path with ~ expanded, which no shell does after --output=. InputError if it is empty, or not UTF-8."""
+    if fault := encoding_fault(text):
+        raise InputError(f"{text}: {fault}")
+    if not text.strip():  # it would be the current folder
         raise InputError(
             'a path is empty, perhaps because a variable is not set; give the path, or "." for this folder'
         )
@@ -126,6 +128,7 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
+        parser=local_path,
         help="TOML file with settings, such as settings.toml of a run; options take precedence.",
         envvar="HOVER_BATCH_CONFIG",
     ),
@@ -241,5 +244,7 @@ def read_toml(flag: str, path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {path}: {error}") from error
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror}); name a TOML file") from error
+    except ValueError as error:
+        raise InputError(f"{flag} {path}: is not TOML in UTF-8 ({error}); correct it") from error
