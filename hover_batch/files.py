@@ -83,7 +83,9 @@ def check_output_file(
         temporary.unlink()
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; ValueError: not UTF-8
         reason = getattr(error, "strerror", None) or encoding_fault(str(path)) or str(error)
-        raise InputError(f"{flag} {path}: cannot be written ({reason}); name a file in a folder that can be") from error
+        raise InputError(
+            f"{flag} {path}: cannot be written ({reason}); give a file in a folder that can be written"
+        ) from error
 
 
 def _is_special(path: Path) -> bool:

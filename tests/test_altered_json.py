@@ -136,3 +136,14 @@ def test_a_row_that_repeats_the_pixel_size_of_the_file_keeps_its_results(tmp_pat
     rows.write_text("path,mpp\na.tif,0.26\n")
     result = run("segment", rows, "-o", out, "--backend", "local")
     assert result.exit_code == 2 and "finished with another file, mpp or mask" in result.stderr
+
+
+@pytest.mark.parametrize(("change", "message"), [(",x,y", "row 2 has more cells"), ("", "slide_id a in several rows")])
+def test_an_altered_row_of_slides_csv_is_refused(tmp_path: Path, change: str, message: str) -> None:
+    layout = write_run(tmp_path / "out", *write_field(tmp_path, 200), done=["a", "b"])
+    text = layout.slides_csv.read_text()
+    row = text.splitlines()[1]
+    layout.slides_csv.write_text(text.replace(row, row + change if change else f"{row}\n{row}"))
+    for command in (["status"], ["export", "--to", "csv"], ["cohort", "-o", tmp_path / "dataset"]):
+        result = run(*command, layout.root)
+        assert result.exit_code == 2 and f"was edited ({message}" in result.stderr, result.output
