@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -45,6 +46,22 @@ CATEGORIES = ["slide_id", "type"]
 """Columns with few distinct values, loaded as categories."""
 
 
+def _place(name: str, value: str | Path) -> Path | Url:
+    """Return the argument `name` as a path or URL. InputError if it is of another type, empty, or no path at all."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(text, str):
+        raise InputError(f"{name} {value!r}: must be a str or Path, not {type(value).__name__}")
+    if not text.strip() or "\0" in text:
+        raise InputError(f"{name} {text!r}: is not a path; give the path of a file or folder")
+    return Url.of(text) or Path(text)
+
+
+def _text(name: str, value: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{name} {value!r}: must be a str, not {type(value).__name__}")
+    return value
+
+
 def segment_slide(
     path: str | Path,
     output: str | Path,
@@ -72,14 +89,18 @@ def segment_slide(
     """
     from hover_batch.segment import run_segment
 
-    if url := Url.of(str(output)):
-        raise InputError(f"output {url}: is a URL; give a folder, or use `hover-batch segment -o {url} --work FOLDER`")
-    cohort = one_slide(path, mpp, slide_id)
+    folder = _place("output", output)
+    if isinstance(folder, Url):
+        raise InputError(
+            f"output {folder}: is a URL; give a folder, or use `hover-batch segment -o {folder} --work FOLDER`"
+        )
+    _place("path", path)
+    cohort = one_slide(path, mpp, None if slide_id is None else _text("slide_id", slide_id))
     run_settings = Settings.from_dict({"model": str(model), **nested(settings)})
     if run_settings.sample.stop_at:
         raise InputError("stop_at: would give an estimate, not a table; use `hover-batch segment --stop-at`")
     command = ["hover_batch.segment_slide", str(Url.of(str(path)) or path)]
-    outcome = run_segment(cohort, Path(output), run_settings, skip_invalid=False, force=False, command=command)
+    outcome = run_segment(cohort, folder, run_settings, skip_invalid=False, force=False, command=command)
     if outcome.failures:
         raise SlideError(outcome.failures[0].reason)
     return outcome.layout.slide(cohort.records[0].slide_id).nuclei_parquet
@@ -97,22 +118,22 @@ def load_nuclei(path: str | Path) -> pd.DataFrame:
     SlideError if the table is missing or corrupted, or cannot be fetched; InputError if a URL does not exist, access to
     it is denied, or a package for its storage is missing; OSError if the disk for temporary files is full.
     """
-    if url := Url.of(str(path)):
-        table = url if url.name.endswith(".parquet") else Url(f"{url.text.rstrip('/')}/nuclei.parquet")
+    table = _place("path", path)
+    if isinstance(table, Url):
+        url = table if table.name.endswith(".parquet") else Url(f"{table.text.rstrip('/')}/nuclei.parquet")
         with tempfile.TemporaryDirectory() as folder:
-            fetch_file(table, Path(folder) / "nuclei.parquet")
+            fetch_file(url, Path(folder) / "nuclei.parquet")
             return load_nuclei(folder)
-    path = Path(path)
-    if path.is_dir():
-        path = path / "nuclei.parquet"
-    if not path.exists():
-        raise SlideError(f"{path}: does not exist; give the folder of a finished slide, out/slides/ID, or its table")
-    NucleiTable.open(path)  # raises SlideError for a file that is not a table of nuclei
+    if table.is_dir():
+        table = table / "nuclei.parquet"
+    if not table.exists():
+        raise SlideError(f"{table}: does not exist; give the folder of a finished slide, out/slides/ID, or its table")
+    NucleiTable.open(table)  # raises SlideError for a file that is not a table of nuclei
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(table) as file:
             return _frame(file.read(), json.loads(file.metadata.metadata[b"hover_batch"]))
     except (OSError, pa.ArrowException, shapely.errors.ShapelyError) as error:
-        raise unreadable(path, error) from error
+        raise unreadable(table, error) from error
 
 
 def _frame(table: pa.Table, about: Mapping[str, Any]) -> pd.DataFrame:
@@ -139,7 +160,10 @@ def open_cohort(path: str | Path, clinical: str | Path | None = None, on: str = 
     """
     from hover_batch.dataset.opened import Dataset
 
-    cohort = Dataset(Url.of(str(path)) or Path(path), None if clinical is None else Path(clinical), on)
+    table = None if clinical is None else _place("clinical", clinical)
+    if isinstance(table, Url):
+        raise InputError(f"clinical {table}: is a URL; copy the file to a disk and give its path")
+    cohort = Dataset(_place("path", path), table, _text("on", on))
     for note in cohort.notes:
         warnings.warn(note, stacklevel=2)
     return cohort
@@ -224,7 +248,10 @@ def load_predictions(slide_folder: str | Path) -> Predictions:
     InputError if the folder holds no predictions, as after --discard-predictions; SlideError or PackageError if their
     metadata is corrupted or a shard is missing; OSError if a file cannot be read.
     """
-    folder = Path(slide_folder).absolute()
+    place = _place("slide_folder", slide_folder)
+    if isinstance(place, Url):
+        raise InputError(f"slide_folder {place}: is a URL; copy the folder to a disk and give its path")
+    folder = place.absolute()
     if folder.is_file():
         raise InputError(f"{folder}: is a file; give the folder of the slide, out/slides/ID")
     layout = SlideLayout(folder.parent.parent, folder.name)

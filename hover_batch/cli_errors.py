@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hover_batch.errors import HoverBatchError, machine_fault
+from hover_batch.errors import UNUSABLE_PATH, HoverBatchError, InputError, machine_fault
 from hover_batch.executor.interrupts import on_interrupt
 from hover_batch.logs import LogFormat, json_line
 
@@ -103,8 +103,10 @@ class CommandGroup(TyperGroup):
         except (OSError, ImportError, MemoryError, RuntimeError) as error:
             if (message := machine_fault(error)) is None:
                 raise
-            _say(ctx, f"Error: {message}", HoverBatchError.exit_code)
-            raise typer.Exit(HoverBatchError.exit_code) from error
+            is_input = getattr(error, "errno", None) in UNUSABLE_PATH
+            exit_code = (InputError if is_input else HoverBatchError).exit_code
+            _say(ctx, f"Error: {message}", exit_code)
+            raise typer.Exit(exit_code) from error
         except KeyboardInterrupt as error:
             _say(ctx, "Interrupted. Finished work is kept: run the same command again to resume.", 130)
             raise typer.Exit(130) from error

@@ -36,12 +36,15 @@ def _check(ok: bool, name: str, value: object, rule: str) -> None:
 
 def _typed(name: str, value: object, kind: type) -> Any:
     """Return `value`, as a file gives it, in the type of the setting `name`; a float may be written without a point."""
-    if (name, value) == ("infer.batch", "auto"):
+    if name == "infer.batch" and isinstance(value, str) and value == "auto":
         return AUTO_BATCH
     if type(value) is kind:
         return value
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise InputError(f"setting {name}: a number of {len(str(value))} digits is too large") from None
     words = {
         dict: "a section",
         bool: "true or false",

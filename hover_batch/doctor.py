@@ -24,6 +24,7 @@ from hover_batch.config import EngineSettings, Settings
 from hover_batch.errors import HoverBatchError
 from hover_batch.executor.disk_space import NEEDED_BYTES
 from hover_batch.executor.resources import Node, Resources, engine_plan
+from hover_batch.model.cache import VARIABLE, cache_folder
 from hover_batch.model.package import find_package, load_tensors
 
 GIB = 2**30
@@ -110,6 +111,7 @@ def checks(output: Path, *, start_ray: bool = False) -> list[Check]:
         Check("temporary", lambda: _disk(temporary), "set TMPDIR to another folder"),
         Check("memory", _memory, "give the process more memory"),
         Check("weights", _weights, reinstall),
+        Check("cache", _cache, f"set {VARIABLE} to a folder that can be written"),
         Check("numba", _numba, "set NUMBA_CACHE_DIR to a folder that can be written"),
         Check("opencv", _opencv, "install libgl1 (apt-get install libgl1), or reinstall opencv-python"),
         Check("text", _text, "export LC_ALL=C.UTF-8"),
@@ -219,10 +221,25 @@ def _open_files() -> Finding:
     return _passed("any number" if soft == resource.RLIM_INFINITY else f"{soft} at once")
 
 
+def _nearest(folder: Path) -> tuple[Path, bool]:
+    """Return a folder, or the nearest parent that exists, and whether it is a folder that can be written."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return there, there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _cache() -> Finding:
+    """Check the cache of models; a run with an installed one does without it, but converts its network each time."""
+    folder = cache_folder()
+    there, is_writable = _nearest(folder)
+    if not is_writable:
+        return _warned(f"{folder}: {there} cannot be written", f"set {VARIABLE} to a folder that can be written")
+    return _passed(str(folder))
+
+
 def _disk(folder: Path) -> Finding:
     """Check the disk of a folder, or of the nearest parent that exists."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    there, is_writable = _nearest(folder)
+    if not is_writable:
         return Finding("FAIL", f"{there} cannot be written", "name another folder, or change its permissions")
     disk = shutil.disk_usage(there)
     found = f"{disk.free / GIB:.1f} GiB free at {there}"

@@ -24,6 +24,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EFBIG, errno.ETIMEDOUT, errno.EREMOTEIO)
 """Error numbers of a disk or network file system that failed or refuses to write; `write` does not name the file."""
+UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Error numbers of paths that no file can have; the command that the user gave must change."""
 LIBRARY = re.compile(r"\S+\.so[.\d]*: ")
 """How the dynamic loader begins its message; ctypes raises it as an OSError without a number."""
 KILLED = re.compile("killed by signal|exited unexpectedly")
@@ -42,6 +44,10 @@ def file_fault(error: OSError) -> str:
         remedy = "a file belongs there: move or remove the folder"
     elif error.errno in (errno.ENOTDIR, errno.EEXIST):
         remedy = "a folder belongs there: move or remove the file"
+    elif error.errno == errno.ENAMETOOLONG:
+        remedy = "give a shorter path"
+    elif error.errno == errno.ELOOP:
+        remedy = "a link there leads to itself: give the path of the file or folder"
     elif error.errno == errno.EFBIG:
         remedy = "raise the limit of file sizes (ulimit -f), or write to a file system without such a limit"
     elif error.errno in STORAGE_FAILED:

@@ -15,7 +15,7 @@ from hover_batch.errors import DISK_FULL, InputError, SlideError, exit_code
 from hover_batch.export.read import NucleiTable
 from hover_batch.files import sweeping
 from hover_batch.formatting import duration, listed
-from hover_batch.slide.fingerprint import fingerprint
+from hover_batch.slide.headers import peek
 from hover_batch.slide.survey import read_info
 
 Write = Callable[[NucleiTable, Path], None]
@@ -107,7 +107,7 @@ def _dicom_folder(record: SlideRecord, slide: SlideLayout) -> Path | None:
     if isinstance(record.path, Url) or not record.path.is_dir():
         return None
     with suppress(OSError, SlideError):  # survey.json may be missing, or the slide unreadable by now
-        if fingerprint(record.path, record.mpp) == read_info(slide.survey_json).fingerprint:
+        if peek(record).fingerprint == read_info(slide.survey_json).fingerprint:
             return record.path
     return None
 

@@ -19,20 +19,23 @@ import shutil
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hover_batch.errors import InputError
+from hover_batch.formatting import encoding_fault
 
 
 def given_path(text: str) -> Path:
     """Return `text`, the value of an option or argument, as a path.
 
-    ~ is expanded, as the shell does not after --out=. The file need not exist. InputError if the text is empty, or no
-    file can have this name: it is too long, has a NUL character or is a link to itself.
+    ~ is expanded, as the shell does not after --out=. The file need not exist. InputError if the text is blank, or no
+    file can have this name: it is not UTF-8, is too long, has a NUL character or is a link to itself.
     """
-    if not text:  # it would be the current folder
+    if fault := encoding_fault(text):
+        raise InputError(f"{text}: {fault}")
+    if not text.strip():  # it would be the current folder
         raise InputError(
             'a path is empty, perhaps because a variable is not set; give the path, or "." for this folder'
         )
@@ -51,8 +54,12 @@ _SPECIAL = "is a device or a pipe, not a file; name a file"
 
 
 def is_special(path: Path) -> bool:
-    """Return whether `path` is a device, pipe or socket, of which a read may never end."""
-    return path.exists() and not (path.is_file() or path.is_dir())
+    """Return whether `path` is a device, pipe or socket, or a link to one of this process, such as /dev/stdout.
+
+    A read of them may never end, and nothing can replace them.
+    """
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    return special or (path.is_symlink() and os.readlink(path).startswith("/proc/"))
 
 
 def read_whole(path: Path) -> bytes:
@@ -73,7 +80,7 @@ def replacing(path: Path) -> Iterator[Path]:
     OSError if the block wrote no file, or `path` cannot be replaced. Before the block, OSError if `path` is a device,
     pipe or socket, such as /dev/null, which would be gone for all programs.
     """
-    if is_special(path) or (path.is_symlink() and os.readlink(path).startswith("/proc/")):  # /dev/stdout
+    if is_special(path):
         raise OSError(errno.EINVAL, _SPECIAL, str(path))
     with _temporary(path) as temporary:
         yield temporary
@@ -83,6 +90,44 @@ def replacing(path: Path) -> Iterator[Path]:
         except OSError as error:  # its message would name the temporary file, such as when `path` is a folder
             raise OSError(error.errno, error.strerror, str(path)) from error
     _sync(path.parent)
+
+
+def check_output_file(
+    flag: str, path: Path, endings: tuple[str, ...], read: Iterable[Path] = (), *, make_folder: bool = False
+) -> None:
+    """Check, before long work, that `replacing` can write the file `path`; a file of the same name may exist.
+
+    `flag`: option that gives the path, for the message. `endings`: suffixes that its name may have, in lower case, so
+    that files of other kinds are not overwritten by mistake. `read`: files and folders that the command reads; `path`
+    must not be in them. `make_folder`: create a missing folder of `path`.
+
+    InputError if the file cannot be written.
+    """
+    folder = path.absolute().parent
+    try:
+        str(path).encode()  # pyarrow writes no file of another name
+        if path.is_dir():
+            raise InputError(f"{flag} {path}: is a folder; give the path of a file")
+        if path.suffix.lower() not in endings:
+            raise InputError(f"{flag} {path}: must end in {' or '.join(endings)}; change the ending")
+        if make_folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            raise InputError(f"{flag} {path}: the folder {folder} does not exist; create it first")
+        if is_special(path):
+            raise InputError(f"{flag} {path}: is a device or a pipe; give the path of a file")
+        for used in map(Path.resolve, read):
+            if used in (path.resolve(), *path.resolve().parents):
+                where = "is" if used.is_file() else "is in"
+                raise InputError(f"{flag} {path}: {where} {used}, which must not change; name another file")
+        temporary = _hidden_name(path)
+        temporary.touch(exist_ok=False)  # os.access does not know read-only file systems and too long names
+        temporary.unlink()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop of links; ValueError: not UTF-8
+        reason = getattr(error, "strerror", None) or encoding_fault(str(path)) or str(error)
+        raise InputError(
+            f"{flag} {path}: cannot be written ({reason}); give a file in a folder that can be written"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Collection
 from difflib import get_close_matches
 from itertools import islice
@@ -50,6 +52,23 @@ def suggestion(name: str, known: Collection[str], prefix: str = "") -> str:
     """
     similar = nearest(name, known)
     return f"; did you mean {prefix}{similar}?" if similar else ""
+
+
+def encoding_fault(name: str) -> str | None:
+    """Return what is wrong with the characters of a file's name, and what to do, as a predicate; None if nothing is.
+
+    The name must be UTF-8, which pyarrow and zarr need, and must fit the encoding in which Python reads file names.
+    This is ASCII if LC_ALL=C is enforced.
+    """
+    try:
+        os.fsencode(name)
+        name.encode()
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        if encoding.lower() != "utf-8":
+            return f"its name does not fit the encoding of this environment, {encoding}; export LC_ALL=C.UTF-8"
+        return "its name is not valid UTF-8; rename it"
+    return None
 
 
 def plain_console(**options: Any) -> Console:

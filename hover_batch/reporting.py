@@ -22,7 +22,7 @@ from hover_batch.cohort.run_folder import estimate_line, read_slides, require_ru
 from hover_batch.errors import DISK_FULL, HoverBatchError, InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.export.summary import cohort_summary, refuse_altered
-from hover_batch.files import read_json
+from hover_batch.files import check_output_file, read_json
 from hover_batch.formatting import duration
 from hover_batch.model.package import find_package
 from hover_batch.report.charts import Strip, histogram, strips
@@ -59,10 +59,7 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     status = read_status(folder)
     layout = status.layout
     path = output or layout.report_html
-    if path.is_dir():
-        raise InputError(f"-o {path}: is a folder; give the path of a file, such as {path / 'report.html'}")
-    if path.suffix.lower() not in (".html", ".htm"):  # such as the CSV of the cohort, which would be lost
-        raise InputError(f"-o {path}: must end in .html; add it")
+    check_output_file("-o", path, (".html", ".htm"), make_folder=True)
     records = {record.slide_id: record for record in read_slides(layout) or ()}
     rows = _rows(status, records)
     title = f"Cohort {layout.root.name}"

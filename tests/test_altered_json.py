@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from made_run import write_field, write_run
@@ -16,6 +17,7 @@ from hover_batch.cli import app
 from hover_batch.cohort.events import stream_events
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.errors import SlideError
+from hover_batch.slide.example import write_pyramidal_tiff
 from hover_batch.slide.survey import read_info
 
 ODD: tuple[Any, ...] = (None, "text", "", True, -1, 10**400, ["text", None], {"a": []}, [[1]], [], {})
@@ -123,3 +125,25 @@ def test_an_altered_survey_json_is_a_fault_of_its_slide(tmp_path: Path) -> None:
             path.write_text(json.dumps({"slide": original | {name: odd}}))
             with pytest.raises(SlideError, match="cannot be read .*run the slide again"):
                 read_info(path)
+
+
+def test_a_row_that_repeats_the_pixel_size_of_the_file_keeps_its_results(tmp_path: Path) -> None:
+    write_pyramidal_tiff(tmp_path / "a.tif", np.full((300, 300, 3), 230, np.uint8), 0.25)
+    rows, out = tmp_path / "cohort.csv", tmp_path / "out"
+    for text in ("path\na.tif\n", "path,mpp\na.tif,0.25\n", "path\na.tif\n"):
+        rows.write_text(text)
+        assert run("segment", rows, "-o", out, "--backend", "local").exit_code == 0
+    rows.write_text("path,mpp\na.tif,0.26\n")
+    result = run("segment", rows, "-o", out, "--backend", "local")
+    assert result.exit_code == 2 and "finished with another file, mpp or mask" in result.stderr
+
+
+@pytest.mark.parametrize(("change", "message"), [(",x,y", "row 2 has more cells"), ("", "slide_id a in several rows")])
+def test_an_altered_row_of_slides_csv_is_refused(tmp_path: Path, change: str, message: str) -> None:
+    layout = write_run(tmp_path / "out", *write_field(tmp_path, 200), done=["a", "b"])
+    text = layout.slides_csv.read_text()
+    row = text.splitlines()[1]
+    layout.slides_csv.write_text(text.replace(row, row + change if change else f"{row}\n{row}"))
+    for command in (["status"], ["export", "--to", "csv"], ["cohort", "-o", tmp_path / "dataset"]):
+        result = run(*command, layout.root)
+        assert result.exit_code == 2 and f"was edited ({message}" in result.stderr, result.output

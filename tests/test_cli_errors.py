@@ -97,3 +97,31 @@ def test_a_limit_of_file_sizes_is_named_with_its_remedy(tmp_path: Path) -> None:
     assert result.exit_code == 1
     said = f"Error: {out}/.*: File too large; raise the limit of file sizes \\(ulimit -f\\), or write to .*"
     assert re.fullmatch(said, result.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("command", ["status", "export --to csv", "cohort -o new", "query SELECT"])
+def test_a_path_that_no_file_can_have_is_invalid_input(tmp_path: Path, command: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    word, *more = command.split()
+    for path in (tmp_path / "loop", tmp_path / ("x" * 300)):
+        words = [word, *([path, *more] if word == "query" else [*more, path])]
+        result = CliRunner().invoke(app, [str(each) for each in words])
+        assert result.exit_code == 2 and re.search("symbolic links|too long", result.stderr), result.output
+
+
+def test_a_path_that_is_not_utf8_is_invalid_input(tmp_path: Path) -> None:
+    for words in (["status", "\udcff"], ["query", str(tmp_path), "SELECT 1", "-o", "\udcff.csv"]):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2 and "its name is not valid UTF-8" in result.stderr
+
+
+def test_a_settings_file_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff")
+    (tmp_path / "huge.toml").write_text(f"[tissue]\nmask_mpp = 1{'0' * 400}\n")
+    for file, message in (
+        ("none.toml", "none.toml: cannot be read (No such file or directory); name a TOML file"),
+        ("binary.toml", "is not TOML in UTF-8"),
+        ("huge.toml", "setting tissue.mask_mpp: a number of 401 digits is too large"),
+    ):
+        result = CliRunner().invoke(app, ["plan", "cohort.csv", "--config", str(tmp_path / file)])
+        assert result.exit_code == 2 and message in result.stderr, result.output

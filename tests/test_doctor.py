@@ -74,6 +74,10 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     assert look("output", tmp_path).status == "FAIL"
 
 
+def _cache_below_a_file(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("HOVER_BATCH_CACHE", "/dev/null/cache")
+
+
 def _no_gpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "is_available", lambda: False)
     patch.setattr(Node, "here", lambda: Node(4, 0, 8 * GIB))
@@ -174,6 +178,7 @@ def _no_starter(patch: pytest.MonkeyPatch) -> None:
         ("sqlite", _no_extensions, "WARN", "loads no extensions", "loadable"),
         ("token", _no_token, "WARN", "no token", "RAY_AUTH_TOKEN"),
         ("weights", _harmed_weights, "FAIL", "do not match", "reinstall"),
+        ("cache", _cache_below_a_file, "WARN", "/dev/null cannot be written", "HOVER_BATCH_CACHE"),
         ("weights", _no_starter, "FAIL", "no such package", "reinstall"),
     ],
 )

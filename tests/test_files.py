@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from hover_batch.errors import InputError
 from hover_batch.files import (
+    check_output_file,
     given_path,
     leftovers,
     read_whole,
@@ -245,3 +246,41 @@ def test_a_pipe_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="is a device or a pipe"):
         read_whole(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("table.parquet", "must end in .csv; change the ending"),
+        ("", "is a folder; give the path of a file"),
+        ("folder.csv", "is a folder; give the path of a file"),
+        ("none/x.csv", "/none does not exist; create it first"),
+        ("file.csv/x.csv", "file.csv does not exist"),
+        ("pipe.csv", "is a device or a pipe"),
+        ("/dev/stdout.csv/x.csv", "does not exist"),
+        ("/proc/x.csv", "cannot be written (No such file or directory)"),
+        (f"{'x' * 250}.csv", "cannot be written (File name too long)"),
+        ("\udcff.csv", "cannot be written (its name is not valid UTF-8; rename it)"),
+        ("a\0b.csv", "cannot be written"),
+        ("run/slides.csv", "is in {}/run, which must not change; name another file"),
+        ("link/slides.csv", "is in {}/run, which must not change"),
+        ("file.csv", "is {}/file.csv, which must not change"),
+    ],
+)
+def test_output_files_are_checked_before_the_work(tmp_path: Path, name: str, message: str) -> None:
+    for folder in ("folder.csv", "run"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "file.csv").write_text("x")
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(InputError) as raised:
+        check_output_file("-o", tmp_path / name, (".csv",), [tmp_path / "run", tmp_path / "file.csv"])
+    assert message.replace("{}", str(tmp_path)) in str(raised.value)
+    assert len(list(tmp_path.rglob("*"))) == 5 and (tmp_path / "file.csv").read_text() == "x"
+
+
+def test_an_output_file_may_exist_or_need_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("old")
+    check_output_file("-o", tmp_path / "x.csv", (".csv",))
+    check_output_file("-o", tmp_path / "new" / "X.CSV", (".csv",), make_folder=True)
+    assert (tmp_path / "x.csv").read_text() == "old" and not any((tmp_path / "new").iterdir())

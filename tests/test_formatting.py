@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from hover_batch import progress
-from hover_batch.formatting import LISTED, counted, duration, listed
+from hover_batch.formatting import LISTED, counted, duration, encoding_fault, listed
 from hover_batch.progress import ProgressCounter
 
 
@@ -49,3 +51,11 @@ def test_the_rate_leaves_out_what_was_done_before(monkeypatch: pytest.MonkeyPatc
     assert counter.line == "tiles 60/100, 2.0/s, 20 s left"
     counter.advance(40)
     assert counter.line == "tiles 100/100"
+
+
+def test_names_that_are_not_utf8_or_do_not_fit_the_locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert encoding_fault("é/a b") is None
+    assert encoding_fault("\udcff") == "its name is not valid UTF-8; rename it"
+    with monkeypatch.context() as patch:  # what Python does with the bytes of é if LC_ALL=C is enforced
+        patch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+        assert "encoding of this environment, ascii; export LC_ALL=C.UTF-8" in str(encoding_fault("\udcc3\udca9"))

@@ -31,6 +31,7 @@ from hover_batch.cohort.run_lock import locked
 from hover_batch.config import Settings
 from hover_batch.errors import InputError
 from hover_batch.files import read_json, remove, remove_leftovers, to_json, write_atomically, write_first
+from hover_batch.formatting import encoding_fault
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,8 @@ class Ledger:
 
     def __enter__(self) -> Self:
         root = self.layout.root
-        try:
-            str(root).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"--output {root}: its name is not valid UTF-8; name another folder") from error
+        if fault := encoding_fault(str(root)):
+            raise InputError(f"--output {root}: {fault}")
         try:
             # Before anything is written: a folder that holds anything else does not even get a lock file.
             if root.is_dir():

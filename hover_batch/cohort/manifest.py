@@ -20,7 +20,7 @@ from hover_batch.cohort.record import SLIDE_SUFFIXES, SlideRecord, Url, is_dicom
 from hover_batch.cohort.slide_id import fault_in, fold, suggest
 from hover_batch.errors import InputError
 from hover_batch.files import load_json
-from hover_batch.formatting import counted
+from hover_batch.formatting import counted, encoding_fault
 from hover_batch.geometry import Mpp
 
 _MASK_SUFFIXES = (".geojson", ".geojson.gz", ".json", ".json.gz", ".zip", ".png")
@@ -248,16 +248,15 @@ def _fault_of_id(row: Row, slide_id: str, first_with_id: Mapping[str, int], take
 def _faults_of_slide(path: Path | Url, base: Path) -> list[str]:
     if isinstance(path, Url):  # `plan` asks for all such slides at once whether they exist
         return ["chained URLs (::) are not supported; name the slide itself"] if "::" in path.text else []
+    if fault := encoding_fault(str(path)):
+        return [fault]
     try:
-        str(path).encode()
         if path.is_dir():
             return [] if is_dicom_folder(path) else ["is a folder without DICOM files; give the slide's own file"]
         if path.exists() and not path.is_file():  # opening a pipe would block
             return ["is not a regular file"]
         with open(path, "rb"):
             return []
-    except UnicodeEncodeError:
-        return ["its name is not UTF-8; rename it"]
     except FileNotFoundError:
         return [f"no such file{near_name(path, base)}"]
     except OSError as error:

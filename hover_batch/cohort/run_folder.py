@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -84,7 +85,10 @@ def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
         rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
         if "slide_id" not in (rows.fieldnames or ()):  # an empty file would pass for a run without slides
             raise ValueError("no column slide_id")
-        return tuple(_record(layout, row) for row in rows)
+        records = tuple(_record(layout, row) for row in rows)
+        if twice := [name for name, number in Counter(record.slide_id for record in records).items() if number > 1]:
+            raise ValueError(f"slide_id {twice[0]} in several rows")
+        return records
     except (InputError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{layout.slides_csv}: is corrupted or was edited ({error}); repeat the segment command, which writes it "
@@ -94,6 +98,8 @@ def read_slides(layout: RunLayout) -> tuple[SlideRecord, ...] | None:
 
 def _record(layout: RunLayout, row: dict[str, str]) -> SlideRecord:
     """Parse a row of slides.csv. InputError, KeyError, TypeError or ValueError if it is invalid."""
+    if None in row:  # where DictReader puts them
+        raise ValueError(f"row {row['row']} has more cells than the header")
     cells = {name: cell for name, cell in row.items() if cell}
     x, y = (cells.get("mpp", cells.get(name)) for name in MPP_COLUMNS)
     return SlideRecord(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from hover_batch.commands.options import CohortArgument
+from hover_batch.commands.options import CohortArgument, local_path
 from hover_batch.config import InferSettings, Precision, Runtime
 from hover_batch.errors import InputError
+from hover_batch.files import check_output_file
 from hover_batch.formatting import plain_console
 
 TEACHER = "hovernet_fast-pannuke"
@@ -63,8 +63,9 @@ def compare(
     truth: Annotated[
         Path | None,
         typer.Option(
+            parser=local_path,
             help="Folder of annotated images (with dataset.csv, or from `kd prepare`): score both networks "
-            "on its test fold."
+            "on its test fold.",
         ),
     ] = None,
     side: Annotated[
@@ -84,9 +85,9 @@ def compare(
             show_default=f"{MINUTES:g} with --timing-only, else no limit",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for compare.json and compare.html.")] = Path(
-        "hover-batch-compare"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for compare.json and compare.html.", parser=local_path)
+    ] = Path("hover-batch-compare"),
 ) -> None:
     """Compare two networks on the same pixels: their costs, and where their nuclei differ.
 
@@ -148,12 +149,8 @@ def compare(
             f"{reference.name} needs pixels of {reference.card.mpp:g} µm, {student_side.name} of "
             f"{student_side.card.mpp:g} µm; compare networks with the same pixel size"
         )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be made ({error.strerror}); name another folder") from error
-    if not os.access(output, os.W_OK):
-        raise InputError(f"--output {output}: cannot be written; name another folder")
+    for name in ("compare.json", "compare.html"):
+        check_output_file("--output", output / name, (".json", ".html"), make_folder=True)
     read = read_cohort(cohort if cohort is not None else str(write_example(output / "example")))
     raise_if_faulty(read)
     chosen = list(read.records if full else read.records[:slides])

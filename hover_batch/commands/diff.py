@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hover_batch.commands.options import local_path
 from hover_batch.errors import InputError
+from hover_batch.files import check_output_file, to_json, write_atomically
 from hover_batch.formatting import counted, plain_console
 
 if TYPE_CHECKING:
@@ -34,8 +36,12 @@ def _percentage(text: str) -> float:
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of the first run, the reference.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of the second run, on the same slides.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="A", help="Folder of the first run, the reference.", parser=local_path)
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", help="Folder of the second run, on the same slides.", parser=local_path)
+    ],
     endpoint: Annotated[
         str,
         typer.Option("--of", metavar="nuclei|CLASS", help="Density that --tolerance checks: of nuclei, or of a class."),
@@ -59,11 +65,17 @@ def diff(
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers to this file.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write all numbers to this .json file.", parser=local_path),
     ] = None,
     html_file: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a page with the places that differ most to this file."),
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write a page with the places that differ most to this .html file.",
+            parser=local_path,
+        ),
     ] = None,
 ) -> None:
     """Compare the nuclei of two runs on the same slides, for example of two models, versions or settings.
@@ -84,14 +96,13 @@ def diff(
 
     hover-batch diff out/ out-new/ --tolerance 1% --min-matched 98%
     """
-    for flag, path in (("--json", json_file), ("--html", html_file)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise InputError(f"{flag} {path}: give the path of a file in an existing folder")
-    if json_file is not None and html_file is not None and json_file.resolve() == html_file.resolve():
-        raise InputError(f"--json and --html: both name {json_file}; name two files")
+    if min_matched is not None and min_matched > 1:
+        raise InputError(f"--min-matched {min_matched:.0%}: must be at most 100%, the share if all nuclei match")
+    for flag, path, endings in (("--json", json_file, (".json",)), ("--html", html_file, (".html", ".htm"))):
+        if path is not None:
+            check_output_file(flag, path, endings, read=(first, second))
     from hover_batch.diff.cohort import Limits
     from hover_batch.diff.run import diff_runs
-    from hover_batch.files import to_json, write_atomically
 
     found = diff_runs(
         first,

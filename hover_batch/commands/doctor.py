@@ -9,12 +9,19 @@ from typing import Annotated
 
 import typer
 
+from hover_batch.commands.options import local_path
 from hover_batch.errors import InputError
 
 
 def doctor(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for a run: check that it can be written and has free space.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for a run: check that it can be written and has free space.",
+            parser=local_path,
+        ),
     ] = Path("hover-batch-out"),
     start_ray: Annotated[
         bool, typer.Option("--ray", help="Also start Ray, as a run does, for one task; takes a minute at most.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hover_batch.commands.options import local_path
 from hover_batch.errors import InputError, PackageError
-from hover_batch.files import replacing, sha256_file
+from hover_batch.files import check_output_file, replacing, sha256_file
 from hover_batch.model.cache import (
     INSTALLED,
     cached_downloads,
@@ -59,6 +59,7 @@ def import_package(
             "--out",
             "-o",
             help="The .safetensors file to write.",
+            parser=local_path,
             show_default="in the cache, where --model finds it by its name",
         ),
     ] = None,
@@ -69,6 +70,7 @@ def import_package(
     channels: Annotated[
         Path | None,
         typer.Option(
+            parser=local_path,
             help="TOML file that describes input and channels of an exported network, .onnx or OpenVINO's .xml (see "
             "docs/architectures.md).",
             show_default=False,
@@ -78,6 +80,7 @@ def import_package(
         Path | None,
         typer.Option(
             "--calibrate",
+            parser=local_path,
             help="Folder of annotated images with dataset.csv. Its split val is used to calibrate the Sobel constants, "
             "which scale the maps in post-processing.",
             show_default="the starter's constants",
@@ -125,12 +128,7 @@ def import_package(
             f"{source}: is a package already, not a checkpoint; leave out --kind and --calibrate (to calibrate a "
             "package, use `hover-batch kd calibrate`)"
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"-o {target}: {error.strerror}") from error
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise InputError(f"-o {target}: cannot be written; name another file")
+    check_output_file("-o", target, (".safetensors",), make_folder=True)
     if is_package:
         _copy(source, sha256, target, replaceable=out is not None)
     else:
@@ -223,7 +221,9 @@ def _refuse_another(target: Path, same: Callable[[Package], bool]) -> None:
 
 
 def list_packages(
-    folder: Annotated[Path, typer.Argument(help="Folder whose packages are also listed.")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="Folder whose packages are also listed.", parser=local_path)] = Path(
+        "."
+    ),
 ) -> None:
     """List the packages on this machine, and the published models that can be imported.
 

@@ -81,16 +81,16 @@ CohortArgument = Annotated[
 ]
 
 
-def local_path(text: str) -> Path:
-    """Return `text`, the value of an option or argument, as a path on this machine.
+def local_path(text: str | Path) -> Path:
+    """Return `text`, the value of an option or argument or its default, as a path on this machine.
 
     InputError if it is a URL, or empty.
     """
-    if url := Url.of(text):
+    if url := Url.of(str(text)):
         raise InputError(
             f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; {instead_of_url(url)}"
         )
-    return given_path(text)
+    return given_path(str(text))
 
 
 RunArgument = Annotated[
@@ -118,6 +118,7 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
+        parser=local_path,
         help="TOML file with settings, such as settings.toml of a run; options take precedence.",
         envvar="HOVER_BATCH_CONFIG",
     ),
@@ -233,5 +234,7 @@ def read_toml(flag: str, path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{flag} {path}: {error}") from error
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be read ({error.strerror}); name a TOML file") from error
+    except ValueError as error:
+        raise InputError(f"{flag} {path}: is not TOML in UTF-8 ({error}); correct it") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -12,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hover_batch.cohort.record import Url
-from hover_batch.errors import InputError
-from hover_batch.files import replacing
+from hover_batch.files import check_output_file, replacing
 from hover_batch.formatting import counted
 
 if TYPE_CHECKING:
@@ -34,24 +32,14 @@ _IN_CSV = ("BOOLEAN", "INT", "INTEGER", "FLOAT", "DOUBLE", "VARCHAR", "DATE", "T
 def check_output(path: Path | None, dataset: Path | Url, join: Path | None) -> None:
     """Check, before a query runs, that its result can be written to `path`.
 
-    `path`: value of --output; None without it. It must end in .csv or .parquet, and be in an existing folder outside
-    the data set, and not the file of --join. `dataset`: folder or URL of the data set. `join`: value of --join.
+    `path`: value of --output, which must end in .csv or .parquet; None without it. `dataset`: folder or URL of the data
+    set. `join`: value of --join.
 
-    InputError if it cannot be written there.
+    InputError if it cannot be written there, or is in the data set or the file of --join.
     """
-    if path is None:
-        return
-    if path.suffix.lower() not in (".csv", ".parquet"):
-        raise InputError(f"-o {path}: must end in .csv or .parquet")
-    if isinstance(dataset, Path) and dataset.resolve() in path.resolve().parents:
-        raise InputError(f"-o {path}: is in the data set, which must not change; name a file elsewhere")
-    if join is not None and path.resolve() == join.resolve():
-        raise InputError(f"-o {path}: is the file of --join, which would be lost; name another file")
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir():
-        raise InputError(f"-o {path}: is a folder, or in one that does not exist; name a file in a folder that exists")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"-o {path}: its folder cannot be written; name a file in another folder")
+    if path is not None:
+        read = [place for place in (dataset, join) if isinstance(place, Path)]
+        check_output_file("-o", path, (".csv", ".parquet"), read)
 
 
 def print_notes(notes: Iterable[str]) -> None:

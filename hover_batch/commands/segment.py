@@ -154,6 +154,7 @@ def segment(
             'neoplastic = ["epithelial"]',
             POST,
             "the model's classes",
+            parser=local_path,
         ),
     ] = None,
     stop_at: Annotated[

@@ -40,21 +40,26 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
             f"{', '.join(slides.column_names)}{suggestion(on, slides.column_names)}"
         )
     if not path.is_file():
-        fault = "is a folder" if path.is_dir() else "no such file"
+        fault = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "no such file"
         raise InputError(f"{path}: {fault}; give another one with --join (in Python, the argument `clinical`)")
     try:
         source, column = _source(connection, path, on)
-        values = f"trim(CAST({identifier(column)} AS VARCHAR))"
-        replaced = [f"{values} AS {identifier(column)}"]
         given = connection.sql(f"FROM {source}")
-        for name, kind in zip(given.columns, given.types, strict=True):
-            if str(kind) in ("FLOAT", "DOUBLE") and name != column:
+        kinds = dict(zip(given.columns, map(str, given.types), strict=True))
+        # Some programs store text in Parquet as bytes, which CAST would escape.
+        decoded = f"decode({identifier(column)})" if kinds[column] == "BLOB" else identifier(column)
+        values = f"trim(CAST({decoded} AS VARCHAR))"
+        replaced = [f"{values} AS {identifier(column)}"]
+        for name, kind in kinds.items():
+            if kind in ("FLOAT", "DOUBLE") and name != column:
                 value = identifier(name)
                 # By its text: DuckDB takes isnan for false where the file's statistics, which leave NaN out, say so.
                 replaced.append(f"CAST(nullif(CAST({value} AS VARCHAR), 'nan') AS {kind}) AS {value}")
         rows = f"SELECT * REPLACE ({', '.join(replaced)}) FROM {source} WHERE {values} <> ''"
         connection.execute(f"CREATE TABLE clinical AS {rows}").fetchall()
         ids = [row[0] for row in connection.sql(f"SELECT {identifier(column)} FROM clinical").fetchall()]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); make the file readable") from error
     except duckdb.Error as error:
         reason = " ".join(str(error).split("\n\n")[0].splitlines()[:2])
         raise InputError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,10 @@ from hover_batch.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+PATIENT = "patient_id"
+"""Column by which a clinical table is joined if no other is given."""
 
 
 @contextlib.contextmanager
@@ -87,7 +92,12 @@ class Dataset:
     OSError if a file may not be read; UploadError if a bucket cannot be reached.
     """
 
-    def __init__(self, root: Path | Url, clinical: Path | None = None, on: str = "patient_id") -> None:
+    def __init__(self, root: Path | Url, clinical: Path | None = None, on: str = PATIENT) -> None:
+        if clinical is None and on != PATIENT:
+            raise InputError(
+                f"{on}: is the column to join a table by, and no table is given; add --join FILE, or leave out --on "
+                "(in Python, the arguments `clinical` and `on`)"
+            )
         self.root = root if isinstance(root, Url) else root.absolute()
         slides = read_slides_table(self.root)
         self.entries: list[SlideEntry] = entries_of(slides)
@@ -151,6 +161,8 @@ class Dataset:
 
         InputError if `query` is not exactly one SELECT, or names a table or column that does not exist.
         """
+        if not isinstance(query, str):
+            raise InputError(f"query {query!r}: must be a str, not {type(query).__name__}")
         query = query.strip().rstrip(";")
         if not query.isascii() and any("\ud800" <= letter <= "\udfff" for letter in query):
             raise InputError("the query has bytes that are not UTF-8; write it in a UTF-8 terminal or file")
@@ -174,16 +186,15 @@ class Dataset:
         `slide_id`: slide of the nuclei. `box`: (x0, y0, x1, y1) in level-0 pixels. `model`: model whose nuclei are
         returned, by its name with or without the hash; None if the data set holds only one.
 
-        InputError if the slide is not in the data set, `model` does not name exactly one model in it, or a file cannot
-        be read; KeyboardInterrupt if a signal interrupts the query.
+        InputError if the slide is not in the data set, `box` is no box, `model` does not name exactly one model in the
+        data set, or a file cannot be read; KeyboardInterrupt if a signal interrupts the query.
         """
         model = chosen_model(self.entries, model)
         entries = [entry for entry in self.entries if (entry.slide_id, entry.model) == (slide_id, model)]
         if not entries:
             known = [entry.slide_id for entry in self.entries if entry.model == model]
             raise InputError(f"{slide_id}: is not a slide of {self.root}; its slides: {listed(known)}")
-        corners = (box.x0, box.y0, box.x1, box.y1) if isinstance(box, Box) else box
-        x0, y0, x1, y1 = (f"{text(float(value))}::DOUBLE" for value in corners)
+        x0, y0, x1, y1 = (f"{text(value)}::DOUBLE" for value in _corners(box))
         with query_errors():
             frame = _frame(
                 self.connection.sql(
@@ -307,6 +318,22 @@ def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
         raise InputError(
             f"temporary files of the query cannot be written ({error}); set TMPDIR to a folder that can be written"
         ) from error
+
+
+def _corners(box: Box | Sequence[float]) -> tuple[float, float, float, float]:
+    """Return (x0, y0, x1, y1). InputError if `box` is no box: a wrong one would hold no nuclei, without an error."""
+    try:
+        if isinstance(box, str):
+            raise TypeError  # each letter would be a number
+        x0, y0, x1, y1 = map(float, (box.x0, box.y0, box.x1, box.y1) if isinstance(box, Box) else box)
+    except (TypeError, ValueError, OverflowError):
+        x0 = y0 = x1 = y1 = math.nan
+    if not (x0 < x1 and y0 < y1):
+        raise InputError(
+            f"box {box!r}: must be four numbers (x0, y0, x1, y1) in level-0 pixels, the upper left corner and the "
+            "lower right one, with x0 < x1 and y0 < y1"
+        )
+    return x0, y0, x1, y1
 
 
 def chosen_model(entries: Sequence[SlideEntry], model: str | None) -> str:

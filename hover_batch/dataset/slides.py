@@ -146,7 +146,7 @@ def parse_slides_table(content: bytes, where: Path | Url, flag: str = "") -> pa.
             if missing := [field.name for field in FIXED if field not in list(table.schema)]:
                 raise ValueError(f"no column {missing[0]} of the right type")
             return table.replace_schema_metadata(None)
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{named}: its slides.parquet is corrupted ({error}); remove the data set and make it again from its runs "
             "with `hover-batch cohort OUT -o DATASET`"

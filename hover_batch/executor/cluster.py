@@ -174,6 +174,8 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Pat
         except Exception as error:  # Ray raises plain Exception here
             ray.shutdown()
             _kill_processes_of(folder)
+            if isinstance(error, OSError) and error.filename == str(log):
+                raise
             reason = str(error).strip().splitlines()[0]
             if attempt == START_ATTEMPTS:
                 raise InputError(
@@ -205,7 +207,7 @@ def joined(address: str, log: Path) -> Iterator[None]:
     `address`: HOST:PORT, or another form that `ray.init` accepts. `log`: file to which output is appended; it is
     created with its folder when needed.
 
-    InputError if no cluster answers, or if it refuses the token.
+    InputError if no cluster answers, or if it refuses the token; OSError if `log` cannot be written.
     """
     host_port = _host_port(address)
     if host_port:
@@ -223,6 +225,8 @@ def joined(address: str, log: Path) -> Iterator[None]:
             except InputError:  # from _require_token, which has already said what is wrong
                 raise
             except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
+                if isinstance(error, OSError) and error.filename is not None:  # the log cannot be written
+                    raise
                 raise InputError(
                     f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, "
                     "and set RAY_AUTH_TOKEN to its token if it requires one"

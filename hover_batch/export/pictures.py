@@ -136,7 +136,9 @@ def _in_view(view: View, nuclei: Path) -> tuple[NDArray[Any], NDArray[np.uint8]]
     # No partitioning: else a folder named key=value would become a column.
     try:
         table = pq.read_table(nuclei, columns=["type_id", "geometry"], filters=in_view, partitioning=None)
-    except pa.ArrowException as error:
+    except (OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None):  # such as a missing file; errors of corrupted pages have no number
+            raise
         raise unreadable(nuclei, error) from error
     return read_polygons(nuclei, table["geometry"]), table["type_id"].to_numpy()
 

@@ -34,8 +34,8 @@ def cache_folder() -> Path:
     XDG_CACHE_HOME, or in ~/.cache.
     """
     if configured := os.environ.get(VARIABLE):
-        return Path(configured).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hover-batch"
+        return Path(os.path.expanduser(configured)).absolute()
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "hover-batch"
 
 
 def is_package_name(text: str) -> bool:

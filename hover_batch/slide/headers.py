@@ -93,7 +93,8 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
             f"column mpp of the cohort (row {record.row}, slide_id {record.slide_id})"
         )
     with slide_errors(record.file):
-        content_hash = fingerprint(record.file, record.mpp)
+        # A row that repeats the file's pixel size gives the same results as one without it.
+        content_hash = fingerprint(record.file, None if record.mpp == file_mpp else record.mpp)
     level0 = header.levels[0]
     ratios = tuple(level_ratios(level0, size) for size in header.levels)
     magnification = record.magnification if record.magnification is not None else header.magnification

@@ -168,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Send a resource of the site, after checking the host name and the token."""
         if self.headers.get("Host") not in self.server.hosts:
-            self._send(HTTPStatus.FORBIDDEN, *_text(f"Wrong host. Open the address at {ADDRESS} that was printed.\n"))
+            self._send(HTTPStatus.FORBIDDEN, *_text(self._wrong_host()))
             return
         _, token, *rest = self.path.split("/", 2) if self.path.startswith("/") else ("", "")
         if not rest or not secrets.compare_digest(token.encode(), self.server.token.encode()):
@@ -182,6 +182,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, *_text(f"{error}\n"))
             return
         self._send(HTTPStatus.OK if answer else HTTPStatus.NOT_FOUND, *(answer or _text("Not found.\n")))
+
+    def _wrong_host(self) -> str:
+        port = self.server.server_address[1]
+        return (
+            f"Wrong host or port. Open the address at {ADDRESS} that was printed. Through an SSH tunnel, use the same "
+            f"port on both sides: ssh -L {port}:localhost:{port} SERVER, or choose another one with --port.\n"
+        )
 
     def _send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
         self.send_response(status)

@@ -10,6 +10,7 @@ import typer
 
 from hover_batch.config import PostSettings, SobelNorm
 from hover_batch.errors import InputError
+from hover_batch.files import check_output_file
 from kd.commands.options import Data, MinAreaPx, PackageArgument, Threads, local_path
 
 
@@ -100,13 +101,8 @@ def evaluate(
     if beside and not panel:
         raise InputError("--beside: is shown in the picture, but there is none; give its file with --panel")
     for flag, file, ending in (("--json", json_file, ".json"), ("--panel", panel, ".png")):
-        if file and file.is_dir():
-            raise InputError(f"{flag} {file}: is a folder; give a file")
-        # A package or a dataset.csv would be lost, and --against recognises an evaluation by its ending.
-        if file and file.suffix != ending:
-            raise InputError(f"{flag} {file}: must be a {ending} file; change the ending")
-        if file and not file.parent.is_dir():
-            raise InputError(f"{flag} {file}: the folder {file.parent} does not exist; create it first")
+        if file:  # --against recognises an evaluation by its ending
+            check_output_file(flag, file, (ending,))
     post = PostSettings(sobel_norm=sobel_norm, min_area_px=min_area_px)
 
     from kd.commands.score_tables import show

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from hover_batch.cohort.record import Url
 from hover_batch.config import Backend
 from hover_batch.errors import InputError
-from hover_batch.files import given_path
+from hover_batch.files import check_output_file, given_path
 
 
 def local_path(text: str) -> Path:
@@ -82,11 +81,6 @@ def check_package_file(out: Path) -> None:
 
     Raises InputError if the name does not end in .safetensors, or the file cannot be written.
     """
-    if out.suffix != ".safetensors":
+    if out.suffix != ".safetensors":  # also of upper case, which `find_package` does not find
         raise InputError(f"-o {out}: the name of a package must end in .safetensors; add it")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"-o {out}: {error.strerror}; give a folder that can be written") from error
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise InputError(f"-o {out}: cannot be written; give a file in a folder that can be written")
+    check_output_file("-o", out, (".safetensors",), make_folder=True)

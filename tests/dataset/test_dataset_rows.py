@@ -21,6 +21,7 @@ from hover_batch.dataset import nuclei_file
 from hover_batch.dataset.hilbert import hilbert_index
 from hover_batch.dataset.slides import read_entries, read_slides_table
 from hover_batch.dataset.update import add_run
+from hover_batch.errors import InputError
 from hover_batch.geometry import Size
 from hover_batch.taxonomy import CONSEP
 
@@ -194,3 +195,15 @@ def test_an_empty_data_set_is_valid(run: MadeRun, tmp_path: Path) -> None:
     assert added.exit_code == 4 and added.skipped.keys() == SIZES.keys()
     assert held(tmp_path / "dataset") == {}
     assert isinstance(read_slides_table(tmp_path / "dataset"), pa.Table)
+
+
+@pytest.mark.parametrize("start", [4, 40, 400])
+def test_corrupted_pages_of_slides_parquet_are_named(run: MadeRun, tmp_path: Path, start: int) -> None:
+    """pyarrow raises an OSError for them."""
+    add_run(run.layout.root, tmp_path / "dataset", (), lambda line: None)
+    path = tmp_path / "dataset" / "slides.parquet"
+    content = bytearray(path.read_bytes())
+    content[start : start + 60] = b"\xff" * 60
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="slides.parquet is corrupted"):
+        read_slides_table(tmp_path / "dataset")

@@ -155,8 +155,14 @@ def test_files_that_cannot_be_written_are_refused_before_the_query(
 ) -> None:
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "closed").mkdir()
-    # Root may write everywhere, which is why the answer is given here.
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed")
+    touch = Path.touch
+
+    def touch_unless_closed(path: Path, *args: Any, **options: Any) -> None:
+        if path.parent == tmp_path / "closed":  # root may write everywhere
+            denied(path)
+        touch(path, *args, **options)
+
+    monkeypatch.setattr(Path, "touch", touch_unless_closed)
     assert f"-o {tmp_path / name}: " in ask("query", asked.root, "SELEKT", "-o", tmp_path / name, exit_code=2).stderr
 
 
@@ -174,7 +180,8 @@ def test_a_result_does_not_replace_the_clinical_table(asked: Asked, tmp_path: Pa
     clinical = tmp_path / "clinical.csv"
     clinical.write_text("patient_id,stage\n001,2\n")
     for words in (["query", asked.root, "SELECT 1 AS x"], ["cohort", "counts", asked.root]):
-        assert "is the file of --join" in ask(*words, "--join", clinical, "-o", clinical, exit_code=2).stderr
+        said = ask(*words, "--join", clinical, "-o", clinical, exit_code=2).stderr
+        assert f"-o {clinical}: is {clinical}, which must not change" in said
     assert clinical.read_text() == "patient_id,stage\n001,2\n"
 
 
@@ -411,3 +418,33 @@ def test_nan_is_a_missing_value(asked: Asked, tmp_path: Path, suffix: str) -> No
 
 def test_a_clinical_table_that_does_not_exist(asked: Asked, tmp_path: Path) -> None:
     assert "no such file" in ask("query", asked.root, "SELECT 1", "--join", tmp_path / "x.csv", exit_code=2).stderr
+
+
+def test_ids_that_a_parquet_file_stores_as_bytes(asked: Asked, tmp_path: Path) -> None:
+    path = tmp_path / "clinical.parquet"
+    pq.write_table(pa.table({"patient_id": pa.array([b"001", "é".encode()], pa.binary())}), path)
+    with pytest.warns(UserWarning, match="not in the data set: 1 of 2 patient_ids: é|no row for"):
+        cohort = hover_batch.open_cohort(asked.root, path)
+    with cohort:
+        assert cohort.sql("SELECT patient_id FROM clinical ORDER BY ALL").patient_id.tolist() == ["001", "é"]
+
+
+@pytest.mark.parametrize(
+    "box", [(10, 10, 0, 0), (0, 0, np.nan, 5), (0, 0, 5), (0, 0, 5, 5, 5), "1234", None, (0, 0, 0, 9)]
+)
+def test_what_is_no_box_is_refused(asked: Asked, box: Any) -> None:
+    with hover_batch.open_cohort(asked.root) as cohort:
+        assert len(cohort.window("s1", (0, 0, np.inf, np.inf))) == 120
+        with pytest.raises(InputError, match="must be four numbers"):
+            cohort.window("s1", box)
+
+
+def test_arguments_of_other_types_are_refused(asked: Asked) -> None:
+    wrong: Any = 5
+    for arguments in ({"path": wrong}, {"clinical": wrong}, {"on": wrong}, {"on": None}, {"clinical": " "}):
+        with pytest.raises(InputError, match=f"^{next(iter(arguments))} "):
+            hover_batch.open_cohort(**{"path": asked.root, **arguments})
+    with hover_batch.open_cohort(asked.root) as cohort, pytest.raises(InputError, match="query 5: must be a str"):
+        cohort.sql(wrong)
+    assert "give --join" not in ask("query", asked.root, "SELECT 1").stderr
+    assert "no table is given" in ask("query", asked.root, "SELECT 1", "--on", "slide_id", exit_code=2).stderr

@@ -254,3 +254,17 @@ def test_the_page_shows_the_places(first: Path, second: RunLayout, tmp_path: Pat
         image.with_suffix(".away").rename(image)
     # s9 has no thumbnail, s3 has one.
     assert "from thumbnail.jpg, since" in text and "no picture: " in text and "does not exist" in text
+
+
+def test_what_would_be_lost_or_missed_is_refused_before_the_work(first: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--json", first / "run.json"], "which must not change"),
+        (["--html", first / "report.html"], "which must not change"),
+        (["--json", tmp_path / "cohort.csv"], "must end in .json"),
+        (["--html", "/proc/x.html"], "cannot be written"),
+        (["--min-matched", "200%"], "--min-matched 200%: must be at most 100%"),
+    ):
+        result = diff(first, first, *arguments)
+        assert result.exit_code == 2 and message in result.stderr and "slides 0/" not in result.stderr, result.output
+    result = CliRunner().invoke(app, ["diff", "s3://bucket/run", str(first)])
+    assert result.exit_code == 2 and "s3://bucket/run: is a URL" in result.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ prepare_own_cluster()  # before Ray is imported, for the tests after this one
 
 from ray.exceptions import NodeDiedError, WorkerCrashedError  # noqa: E402
 
-from hover_batch.executor import nodes  # noqa: E402
+from hover_batch.executor import cluster, nodes  # noqa: E402
 
 DIED = WorkerCrashedError()
 GONE = NodeDiedError("its node was lost")  # type: ignore[no-untyped-call]
@@ -77,3 +79,13 @@ def test_a_live_node_whose_processes_always_die_is_refused(
     monkeypatch.setattr(nodes, "NOTICED_S", 0.0)
     with pytest.raises(InputError, match="processes on the node address of 1+ die at once.*free memory there"):
         node_that_answers([DIED] * 9).refuse_unshared(tmp_path, wait=True)
+
+
+def test_a_log_that_cannot_be_written_is_not_a_missing_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logs").write_text("a file")
+    monkeypatch.setattr(cluster, "_require_listener", lambda *_: None)
+    monkeypatch.setattr(cluster, "_prepare", lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=lambda: None))
+    monkeypatch.setattr(os, "isatty", lambda _: False)
+    with pytest.raises(FileExistsError, match="logs"), cluster.joined("host:6379", tmp_path / "logs" / "ray.log"):
+        pass

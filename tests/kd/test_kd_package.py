@@ -151,7 +151,7 @@ def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
             make_package(other, config.data, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="-o .*: the name of a package must end in .safetensors"):
         package_command(config.out / "checkpoint.pt", config.data, tmp_path / "folder")
-    with pytest.raises(InputError, match="-o /proc/a/b.safetensors: .*; give a folder that can be written"):
+    with pytest.raises(InputError, match="-o /proc/a/b.safetensors: .*; give a file in a folder that can be written"):
         package_command(config.out / "checkpoint.pt", config.data, Path("/proc/a/b.safetensors"))
     with pytest.raises(InputError, match="older version"):
         make_package(tmp_path / "old.pt", config.data, tmp_path / "a.safetensors")

@@ -264,9 +264,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path, field: Field) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         ((tmp_path / "empty",), "holds no run"),
-        ((layout.root, "-o", tmp_path / "file" / "x.html"), "give another file with -o"),
+        ((layout.root, "-o", tmp_path / "file" / "x.html"), "cannot be written (File exists); give a file"),
         ((layout.root, "-o", tmp_path / "empty"), "is a folder; give the path of a file"),
-        ((layout.root, "-o", tmp_path / "file"), "must end in .html; add it"),
+        ((layout.root, "-o", tmp_path / "file"), "must end in .html or .htm; change the ending"),
     ]:
         result, _ = report(*arguments)
         assert result.exit_code == 2, result.output

@@ -107,7 +107,10 @@ def test_another_host_is_refused_though_the_token_is_right(viewed: Viewed, host:
 
 
 def test_a_tunnel_to_localhost_is_let_in(viewed: Viewed) -> None:
-    assert viewed.ask("/TOKEN/", f"localhost:{viewed.server.server_address[1]}").status == 200
+    port = viewed.server.server_address[1]
+    assert viewed.ask("/TOKEN/", f"localhost:{port}").status == 200
+    other = viewed.ask("/TOKEN/", "localhost:1")  # the tunnel has another port on this side
+    assert other.status == 403 and f"ssh -L {port}:localhost:{port} SERVER".encode() in other.content
 
 
 @pytest.mark.parametrize(
