@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,10 +22,17 @@ def check_folder(folder: Path, flag: str) -> None:
 
     `flag`: option or argument that the message names.
 
-    InputError if the folder holds files but no data set, or has a data set that this version cannot change; OSError if
-    it cannot be read.
+    InputError if the folder holds files but no data set, has a data set that this version cannot change, or cannot be
+    created or written; OSError if it cannot be read.
     """
     layout = DatasetLayout(folder)
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise InputError(f"{flag} {folder}: {existing} is not a folder; name another folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{flag} {folder}: {existing} cannot be written; name another folder, or change its permissions"
+        )
     if layout.slides_parquet.is_file():
         read_slides_table(folder, flag)
     elif layout.root.is_dir():

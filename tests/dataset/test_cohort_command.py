@@ -245,6 +245,20 @@ def test_segment_checks_the_data_set_before_it_runs(cohort: Path, dataset: Path,
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("where", ["file", "file/dataset", "new/dataset"])
+def test_segment_checks_that_the_data_set_can_be_created(
+    cohort: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    wrong = f"{tmp_path}/file is not a folder"
+    if where.startswith("new"):
+        wrong = f"{tmp_path} cannot be written"
+        monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    ended = run("segment", cohort, "-o", tmp_path / "out", "--dataset", tmp_path / where)
+    assert ended.exit_code == 2 and f"{tmp_path / where}: {wrong}; name another folder" in said(ended)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_data_set_that_fails_costs_no_slide(
     cohort: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
