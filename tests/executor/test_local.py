@@ -103,6 +103,27 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(
     assert tables(out) == tables(tmp_path / "reference")
 
 
+def test_a_slide_that_is_replaced_while_it_is_read_fails(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The predictions of both files are discarded, also if the first one comes back."""
+    run, cohort, out = runner("local", monkeypatch), fields("a", "b"), tmp_path / "out"
+    cohort.write_text("path,mpp\na.png,0.25\n")
+    slide, first = cohort.parent / "a.png", (cohort.parent / "a.png").read_bytes()
+
+    class Replacing(Quick):
+        def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            slide.write_bytes((cohort.parent / "b.png").read_bytes())
+            return super().predict(tiles)
+
+    outcome = run(cohort, out, lambda package, settings: Replacing(package.card, settings.batch))
+    assert outcome.exit_code == 4 and "a.png: was replaced or changed" in outcome.failures[0].reason
+    slide.write_bytes(first)
+    assert run(cohort, out, LoadQuick()).exit_code == 0
+    run(cohort, tmp_path / "reference", LoadQuick())
+    assert tables(out) == tables(tmp_path / "reference")
+
+
 class Darkness(torch.nn.Module):
     """Network that finds the dark discs. Its `breaks`-th batch raises."""
 
