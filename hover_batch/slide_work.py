@@ -228,7 +228,7 @@ def survey(
 
 
 def refuse_if_taken_over(work: SlideWork) -> None:
-    """Raise SlideError if a run with another run key has taken over or removed the slide's folder.
+    """Raise SlideError if a run with another run key has taken over the slide's folder, or it was removed or moved.
 
     Call this before each write, so that a process on a node that was considered lost does not mix its results into
     those of the other run. OSError if key.json cannot be read.
@@ -236,7 +236,9 @@ def refuse_if_taken_over(work: SlideWork) -> None:
     try:
         unchanged = work.layout.key_json.read_bytes() == work.key_content
     except FileNotFoundError:
-        unchanged = False
+        raise SlideError(
+            f"{work.layout.folder}: was removed or moved during the run; nothing was written; repeat the command"
+        ) from None
     if not unchanged:
         raise SlideError(f"{work.layout.folder}: another run has taken over; nothing was written")
 

@@ -78,10 +78,11 @@ def test_smaller_batches_are_a_warning(
     assert whole.slides[0]["warnings"] == []
 
 
+@pytest.mark.parametrize("how", ["another run has taken over", "was removed or moved"])
 def test_a_run_that_lost_its_folder_writes_nothing_more(
-    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """A run of another key takes over the folder during the third unit, as after --force elsewhere."""
+    """A run of another key takes over the folder during the third unit, as after --force elsewhere; or it is gone."""
     run, out = runner("local", monkeypatch), tmp_path / "out"
     slide = out / "slides" / "a"
 
@@ -92,10 +93,12 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(
             Usurped.batches += 1
             if Usurped.batches == 3:
                 (slide / "key.json").write_text('{"run_key": "another"}')
+                if "removed" in how:
+                    (slide / "key.json").unlink()
             return super().predict(tiles)
 
     outcome = run(fields("a"), out, lambda package, settings: Usurped(package.card, settings.batch))
-    assert outcome.exit_code == 4 and "another run has taken over" in outcome.failures[0].reason
+    assert outcome.exit_code == 4 and how in outcome.failures[0].reason
     assert len(list((slide / "markers").glob("*.json"))) == 2
     assert len([p for p in (slide / "predictions.zarr" / "c").rglob("*") if p.is_file()]) == 2
     run(fields("a"), tmp_path / "reference", LoadQuick())
