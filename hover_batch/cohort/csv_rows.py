@@ -104,7 +104,10 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        fault = f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8"
+        fault = (
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8 or, if it is a "
+            "slide such as a DICOM file, give its folder"
+        )
         raise InputError(fault) from error
     if "\0" in text:
         raise InputError(f"{path}: is not a CSV, it holds zero bytes; save it as CSV UTF-8")

@@ -273,7 +273,7 @@ def test_a_path_beyond_what_the_system_takes(tmp_path: Path) -> None:
         (b"path,wsi,mpp,slide_mpp\na,b,c,d\n", "columns path and wsi both mean path: keep one; columns mpp and"),
         (b"path,note,Note\na,b,c\n", "columns note and Note both mean note"),
         ("path\na.svs\n".encode("utf-16"), "is not UTF-8 text"),
-        (b"path\nPr\xe4parat.svs\n", "is not UTF-8 text"),
+        (b"path\nPr\xe4parat.svs\n", "CSV UTF-8 or, if it is a slide such as a DICOM file, give its folder"),
         (b"path\na\0.svs\n", "zero bytes"),
         (b'path,note\na.svs,"never closed\nb.tif,\n', "record from line 2 on is not CSV"),
     ],
