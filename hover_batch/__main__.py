@@ -1,4 +1,4 @@
-"""Start the program. Loading its libraries takes a second, in which Ctrl-C ends it without a traceback, too."""
+"""Start the program. This takes a second or two, in which Ctrl-C ends it without a traceback, too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     """Run the command line with the arguments of this process, and exit with the code of the command.
 
     The thresholds of Python's garbage collector are raised to GC_THRESHOLDS. The exit code is 130 if Ctrl-C is pressed
-    while the program is loading, and 2 if the current folder was removed.
+    while the program starts, and 2 if the current folder was removed.
     """
     gc.set_threshold(*GC_THRESHOLDS)
     try:
@@ -28,9 +28,10 @@ def main() -> None:
         raise SystemExit(2) from None
     try:
         from hover_batch.cli import app
+
+        app()  # builds all commands before it handles Ctrl-C itself
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    app()
 
 
 if __name__ == "__main__":

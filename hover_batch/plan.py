@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.manifest import Cohort, RowFault, raise_if_faulty
@@ -200,6 +201,7 @@ def _plan(cohort: Cohort, card: Card, remote_infos: dict[int, Future[RemoteInfo]
     slides: list[PlannedSlide] = []
     unreadable: list[tuple[SlideRecord, str]] = []
     faults, warnings = list(cohort.faults), list(cohort.warnings)
+    first_with_content: dict[str, SlideRecord] = {}
     for record in cohort.records:
         wrong: list[str] = []
         info: SlideInfo | RemoteInfo | None = None
@@ -225,6 +227,13 @@ def _plan(cohort: Cohort, card: Card, remote_infos: dict[int, Future[RemoteInfo]
         faults += [RowFault(record.row, record.slide_id, message) for message in wrong]
         if wrong:
             continue
+        if info is not None:
+            first = first_with_content.setdefault(info.fingerprint, record)
+            if _place(first.path) != _place(record.path):
+                warnings.append(
+                    f"row {record.row} ({record.slide_id}) is a copy of the slide in row {first.row} "
+                    f"({first.slide_id}), so that its nuclei are counted twice; keep one of them"
+                )
         if info is None:
             unreadable.append((record, reason))
         elif isinstance(info, RemoteInfo):
@@ -244,6 +253,11 @@ def _plan(cohort: Cohort, card: Card, remote_infos: dict[int, Future[RemoteInfo]
         warnings=tuple(warnings),
     )
     return Plan(checked, tuple(slides), tuple(unreadable))
+
+
+def _place(path: Path | Url) -> str:
+    """Return the name of a slide's file without links; `read_cohort` warns of files that are in two rows."""
+    return path.text if isinstance(path, Url) else os.path.realpath(path)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from hover_batch.seconds import Seconds
 from hover_batch.slide.reader import SlideReader
 from hover_batch.slide.tiles import Unit
 from hover_batch.slide_pictures import draw_thumbnail
-from hover_batch.slide_work import SlideWork, open_sampled_tiles, refuse_if_taken_over
+from hover_batch.slide_work import SlideWork, open_sampled_tiles, refuse_if_replaced, refuse_if_taken_over
 
 PICTURE_SIDE = 2048
 """Longer side in pixels of the picture on which the stain of the clusters is measured."""
@@ -166,12 +166,16 @@ def finish(work: SlideWork, reader: SlideReader | None, seconds: Seconds) -> dic
     for stored maps. `seconds`: times of all earlier steps of the slide; the time of this step is added in place.
 
     UnitsMissing if results that another node wrote are not visible here yet. SlideError if another run has taken over
-    the slide's folder, two regions hold the same nucleus, a shard is corrupted, or the slide cannot be read.
-    pyarrow.ArrowInvalid if a part is corrupted, OSError if a file cannot be read or written.
+    the slide's folder, the slide's file was replaced or changed meanwhile, two regions hold the same nucleus, a shard
+    is corrupted, or the slide cannot be read. pyarrow.ArrowInvalid if a part is corrupted, OSError if a file cannot be
+    read or written.
     """
     if work.sample is None or reader is None:
-        return finalize(work, reader, seconds)
-    return _finish_look(work, work.sample, reader, seconds)
+        result: dict[str, Any] | None = finalize(work, reader, seconds)
+    else:
+        result = _finish_look(work, work.sample, reader, seconds)
+    refuse_if_replaced(work)
+    return result
 
 
 def _finish_look(work: SlideWork, sample: Sample, reader: SlideReader, seconds: Seconds) -> dict[str, Any] | None:

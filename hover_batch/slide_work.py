@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.record import SlideRecord
@@ -22,7 +23,7 @@ from hover_batch.quality.flags import flag_slides
 from hover_batch.sampling.estimate import Sample
 from hover_batch.slide.doubts import doubts_of_levels, share_on_tissue
 from hover_batch.slide.given_mask import check_mask
-from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide
+from hover_batch.slide.reader import SlideInfo, SlideReader, open_slide, peek
 from hover_batch.slide.staging import Copies
 from hover_batch.slide.survey import read_info, read_tissue, write_survey
 from hover_batch.slide.tiles import Unit, plan_units
@@ -161,8 +162,27 @@ def opened(slide: PlannedSlide | SlideWork, copies: Copies) -> Iterator[SlideRea
     with copies.staged(slide.record, slide.info.fingerprint) as record, open_slide(record) as reader:
         # `staged` compares copies itself.
         if record is slide.record and reader.info.fingerprint != slide.info.fingerprint:
-            raise SlideError(f"{record.path}: was replaced or changed after the run began; repeat the segment command")
+            raise _replaced(slide)
         yield reader
+
+
+def refuse_if_replaced(work: SlideWork) -> None:
+    """Raise SlideError if the slide's file was replaced or changed while it was read, so that tiles are of two files.
+
+    Call this when the slide's pixels have been read. A file that was removed does not count, since open files stay
+    readable, nor does a slide in cloud storage, of which a copy is read. SlideError, too, if it cannot be read.
+    """
+    record = work.record
+    is_there = work.stored is None and isinstance(record.path, Path) and record.path.exists()
+    if is_there and peek(record).fingerprint != work.info.fingerprint:
+        raise _replaced(work)
+
+
+def _replaced(slide: PlannedSlide | SlideWork) -> SlideError:
+    """Return the error of a slide whose file is another one than planned. The next start discards its predictions."""
+    if isinstance(slide, SlideWork):
+        slide.layout.key_json.unlink(missing_ok=True)
+    return SlideError(f"{slide.record.path}: was replaced or changed after the run began; repeat the segment command")
 
 
 def survey(
@@ -208,7 +228,7 @@ def survey(
 
 
 def refuse_if_taken_over(work: SlideWork) -> None:
-    """Raise SlideError if a run with another run key has taken over or removed the slide's folder.
+    """Raise SlideError if a run with another run key has taken over the slide's folder, or it was removed or moved.
 
     Call this before each write, so that a process on a node that was considered lost does not mix its results into
     those of the other run. OSError if key.json cannot be read.
@@ -216,7 +236,9 @@ def refuse_if_taken_over(work: SlideWork) -> None:
     try:
         unchanged = work.layout.key_json.read_bytes() == work.key_content
     except FileNotFoundError:
-        unchanged = False
+        raise SlideError(
+            f"{work.layout.folder}: was removed or moved during the run; nothing was written; repeat the command"
+        ) from None
     if not unchanged:
         raise SlideError(f"{work.layout.folder}: another run has taken over; nothing was written")
 

@@ -18,6 +18,7 @@ import typer
 from torch.utils.data import DataLoader, Dataset
 from typer.testing import CliRunner
 
+from hover_batch.__main__ import main
 from hover_batch.cli import app
 from hover_batch.cli_errors import CommandGroup
 
@@ -125,3 +126,14 @@ def test_a_settings_file_that_cannot_be_read(tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(app, ["plan", "cohort.csv", "--config", str(tmp_path / file)])
         assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+def test_an_interruption_while_the_commands_are_built_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(app: typer.Typer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.main.get_command", interrupted)
+    monkeypatch.setattr("gc.set_threshold", lambda *thresholds: None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130

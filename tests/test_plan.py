@@ -93,6 +93,18 @@ def test_unknown_storage_is_a_fault_of_its_row_only(tmp_path: Path) -> None:
     assert fault.row == 3 and "sss://bucket/slide.svs: fsspec does not support" in fault.message
 
 
+def test_a_copy_under_another_name_is_warned_of(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "slide.tif", 0.25, 0.25)
+    write_tiff(tmp_path / "other.tif", 0.25, 0.5)
+    (tmp_path / "copy.tif").write_bytes((tmp_path / "slide.tif").read_bytes())
+    (tmp_path / "link.tif").symlink_to("slide.tif")
+    warnings = planned(tmp_path, "path\nslide.tif\nother.tif\ncopy.tif\nlink.tif\n").cohort.warnings
+    assert [warning[:51] for warning in warnings] == [
+        "row 5 (link) is the same slide as row 2",
+        "row 4 (copy) is a copy of the slide in row 2 (slide",
+    ]
+
+
 def test_a_stretched_mask_is_warned_of(tmp_path: Path) -> None:
     write_tiff(tmp_path / "slide.tif", 0.25, 0.25)
     Image.fromarray(np.triu(np.full((100, 200), 255, np.uint8))).save(tmp_path / "mask.png")

@@ -17,6 +17,10 @@ RUN_COLUMNS = ("row", "status")
 """Columns that a run adds to the cohort's own in slides.csv."""
 MPP_COLUMNS = ("mpp_x", "mpp_y")
 """Pixel sizes in µm along x and y, given instead of mpp if they differ. slides.csv has them as extra columns."""
+MISSING = ("NA", "NaN", "nan", "#N/A")
+"""Cells in which R, pandas and Excel write that a value is missing."""
+_CHECKED = ("path", "slide_id", "mpp", "magnification", "mask_path", *MPP_COLUMNS)
+"""Columns in which such a cell is a fault, since a value is checked and an empty cell has a meaning."""
 _NEAR_MISSES = ("mpp", "mask")
 """Beginnings of extra columns that were probably meant for a known one."""
 _DELIMITERS = ",;\t"
@@ -58,7 +62,8 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     The first record is the header. The aliases wsi and slide stand for path, sample for slide_id, and slide_mpp for
     mpp. Columns named row or status become cohort_row and cohort_status, because a run writes columns of these names.
     Cells are separated by commas, semicolons or tabs. White space and invisible characters around them are removed.
-    Rows without a filled cell are skipped. The content of cells is not checked.
+    Rows without a filled cell are skipped. Cells in MISSING are read as empty, with a warning, except in _CHECKED:
+    slides whose patient is missing are not slides of one patient named NA. The content of cells is not checked.
 
     InputError if the file is empty, is not UTF-8 or not CSV, has no column path, has two columns that mean the same, or
     has no rows; OSError if it cannot be read.
@@ -70,9 +75,13 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     names, warnings = _column_names(path, header)
     rows = []
     unnamed_is_filled = False
+    missing: dict[str, int] = {}
     for number, cells in lines:
         surplus = sum(1 for cell in cells[len(names) :] if cell)
         filled = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+        for name in [name for name, cell in filled.items() if cell in MISSING and name not in _CHECKED]:
+            del filled[name]
+            missing[name] = missing.get(name, 0) + 1
         unnamed_is_filled = unnamed_is_filled or "" in filled
         known = {name: filled[name] for name in (*COLUMNS, *MPP_COLUMNS) if name in filled}
         extra = {name: filled.get(name, "") for name in names if name and name not in COLUMNS}
@@ -81,6 +90,12 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         raise InputError(f"{path}: has a header but no slides; add a line for each slide")
     if unnamed_is_filled:
         warnings.append(f"{path}: a column without a name is ignored")
+    if named := {name: count for name, count in missing.items() if name}:
+        warnings.append(
+            f"{path}: cells with {', '.join(MISSING)} are read as empty: "
+            f"{', '.join(f'{count} in column {name}' for name, count in named.items())}; if this is a value, write it "
+            "in another way"
+        )
     return rows, warnings
 
 
@@ -89,7 +104,10 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        fault = f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8"
+        fault = (
+            f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8 or, if it is a "
+            "slide such as a DICOM file, give its folder"
+        )
         raise InputError(fault) from error
     if "\0" in text:
         raise InputError(f"{path}: is not a CSV, it holds zero bytes; save it as CSV UTF-8")

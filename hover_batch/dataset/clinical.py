@@ -9,14 +9,17 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from hover_batch.cohort.csv_rows import MISSING
 from hover_batch.dataset.quoting import identifier, text, text_list
 from hover_batch.errors import InputError
 from hover_batch.formatting import counted, listed, nearest, suggestion
 
 _ON = "name another column with --on (in Python, the argument `on`)"
 
-_MISSING = ("", "NA", "NaN", "nan")
-"""Cells of a CSV that are missing values."""
+_DECIMAL_COMMA = "^[-+]?[0-9]+,[0-9]+$"
+"""Numbers as Excel writes them in countries with a decimal comma."""
+_OTHER_NUMBER = "^[-+]?([0-9]+[.][0-9]+|[1-9][0-9]{0,2},[0-9]{3})$"
+"""Numbers with a decimal point, and those whose comma may separate thousands: beside them, commas are not decimal."""
 
 _IS_TEXT = "^(0[0-9]+|[0-9]{16,})$"
 """Cells that look like numbers and are not, since a number would lose their zeros or last digits."""
@@ -26,8 +29,9 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
     """Create the table `clinical` from the file `path`. Return notes about ids that only one of the tables has.
 
     The values of the column `on` become text without spaces around them. In a CSV, a column with values such as 007, or
-    of 16 or more digits, becomes text, too, and empty cells, NA and NaN are missing values. In a Parquet file,
-    NaN is a missing value. Rows without an id are left out.
+    of 16 or more digits, becomes text, too, and empty cells, NA, NaN and #N/A are missing values. If semicolons or tabs
+    separate the cells, numbers may have decimal commas. In a Parquet file, NaN is a missing value. Rows without an id
+    are left out.
 
     `connection`: DuckDB connection in which the table is created. `path`: CSV or Parquet file. `on`: column with the
     ids, in the file and in `slides`; in the file, upper and lower case do not matter. `slides`: table of the slides.
@@ -96,7 +100,7 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         "skip": str(int(for_excel)),
         # DuckDB would find a delimiter for which rows of different lengths are one column.
         "delim": text(max(",;\t", key=header.count)),
-        "nullstr": text_list(_MISSING),
+        "nullstr": text_list(["", *MISSING]),
         "sample_size": "-1",
         # Cells such as yes, no and 01/02/2026 stay text: their meaning as a truth value or a date would be a guess.
         "auto_type_candidates": text_list(("BIGINT", "DOUBLE", "DATE", "VARCHAR")),
@@ -105,10 +109,17 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
     cells = _read_csv(path, options | {"all_varchar": "true"})
     columns = connection.sql(f"FROM {cells}").columns
     column = name_in(columns)
-    tests = ", ".join(f"bool_or(regexp_matches(trim({identifier(name)}), {text(_IS_TEXT)}))" for name in columns)
-    [found] = connection.sql(f"SELECT {tests} FROM {cells}").fetchall()
-    as_text = [name for name, is_text in zip(columns, found, strict=True) if is_text or name == column]
-    types = ", ".join(f"{text(name)}: 'VARCHAR'" for name in as_text)
+
+    def having(pattern: str) -> list[str]:
+        """Return the columns with a cell that matches the pattern."""
+        tests = ", ".join(f"bool_or(regexp_matches(trim({identifier(name)}), {text(pattern)}))" for name in columns)
+        [found] = connection.sql(f"SELECT {tests} FROM {cells}").fetchall()
+        return [name for name, matches in zip(columns, found, strict=True) if matches]
+
+    as_text = {*having(_IS_TEXT), column}
+    if options["delim"] != text(",") and having(_DECIMAL_COMMA) and not having(_OTHER_NUMBER):
+        options["decimal_separator"] = text(",")
+    types = ", ".join(f"{text(name)}: 'VARCHAR'" for name in columns if name in as_text)
     return _read_csv(path, options | {"types": f"{{{types}}}"}), column
 
 

@@ -56,8 +56,8 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
     repeat it: slides that were added stay.
 
     `dataset`: folder or URL of the data set. `slide_ids`: the slides to add; empty for all. `notify`: function that is
-    called with a line about each slide that is added or skipped, and at the end about those that are missing. `flag`:
-    option that named the data set, for messages.
+    called with a line about each slide that is added, skipped or a copy of another, and at the end about those that are
+    missing. `flag`: option that named the data set, for messages.
 
     InputError if `folder` holds no run or a corrupted one, a slide is not in it, or `dataset` is not a data set, is
     being written or cannot be written. Also InputError if it holds nuclei of this model with other classes, or a slide
@@ -121,6 +121,23 @@ class _Update:
         has_rows = {slide_id for slide_id in changed if slide_id in held and held[slide_id].nuclei_files}
         self._replace([held[slide_id] for slide_id in changed if slide_id in has_rows], list(held.values()))
         self._append([slide_id for slide_id in changed if slide_id not in has_rows])
+        self._warn_of_copies()
+
+    def _warn_of_copies(self) -> None:
+        """Give a line about each added slide that is in the data set under another slide_id, too.
+
+        Rows of one slide with different masks are not copies.
+        """
+        same: dict[tuple[str, str | None], list[str]] = {}
+        for row in self._writer.table.select(["slide_id", "model", "fingerprint", "mask_path"]).to_pylist():
+            if row["model"] == self._source.model:
+                same.setdefault((row["fingerprint"], row["mask_path"]), []).append(row["slide_id"])
+        for slide_ids in same.values():
+            if len(slide_ids) > 1 and not set(slide_ids).isdisjoint(self.result.added):
+                self._notify(
+                    f"{listed(slide_ids)}: are the same slide, whose nuclei are therefore counted {len(slide_ids)} "
+                    "times; if it was renamed or copied, make the data set again from runs that have it once"
+                )
 
     def _is_current(self, entry: SlideEntry) -> bool:
         """Return whether the data set has the slide's present table, and its files are there."""

@@ -102,10 +102,10 @@ def test_a_relative_csv_gives_absolute_paths(slides: Path, monkeypatch: pytest.M
 
 
 def test_empty_lines_short_rows_and_unnamed_columns(slides: Path) -> None:
-    cohort = read_cohort(write(slides, ",path,group,\n0,a.svs\n\n,,,\n1,b.tif,x,,,\n"))
+    cohort = read_cohort(write(slides, ",path,group,\nNA,a.svs,NA\n\n,,,\n1,b.tif,x,,,\n"))
     assert cohort.faults == ()
     assert [(r.slide_id, r.row, r.group) for r in cohort.records] == [("a", 2, None), ("b", 5, "x")]
-    assert len(cohort.warnings) == 1 and "without a name" in cohort.warnings[0]
+    assert "without a name" in cohort.warnings[0] and "read as empty: 1 in column group;" in cohort.warnings[1]
 
 
 @pytest.mark.parametrize("mark", [",", ";", "\t"])
@@ -273,7 +273,7 @@ def test_a_path_beyond_what_the_system_takes(tmp_path: Path) -> None:
         (b"path,wsi,mpp,slide_mpp\na,b,c,d\n", "columns path and wsi both mean path: keep one; columns mpp and"),
         (b"path,note,Note\na,b,c\n", "columns note and Note both mean note"),
         ("path\na.svs\n".encode("utf-16"), "is not UTF-8 text"),
-        (b"path\nPr\xe4parat.svs\n", "is not UTF-8 text"),
+        (b"path\nPr\xe4parat.svs\n", "CSV UTF-8 or, if it is a slide such as a DICOM file, give its folder"),
         (b"path\na\0.svs\n", "zero bytes"),
         (b'path,note\na.svs,"never closed\nb.tif,\n', "record from line 2 on is not CSV"),
     ],

@@ -218,8 +218,8 @@ def test_a_full_disk_leaves_what_was_there(made: MadeRun, dataset: Path, monkeyp
 @pytest.fixture
 def cohort(tmp_path: Path) -> Path:
     """A cohort of two white pictures, which are quick, and a broken one."""
-    for name in ("a.png", "b.png"):
-        Image.fromarray(np.full((200, 300, 3), 245, np.uint8)).save(tmp_path / name)
+    for name, white in (("a.png", 245), ("b.png", 246)):
+        Image.fromarray(np.full((200, 300, 3), white, np.uint8)).save(tmp_path / name)
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     (tmp_path / "cohort.csv").write_text("path,slide_id,mpp\na.png,a,0.25\nb.png,b,0.25\nbroken.svs,c,0.25\n")
     return tmp_path / "cohort.csv"
@@ -235,7 +235,8 @@ def test_segment_adds_its_slides(cohort: Path, dataset: Path, tmp_path: Path) ->
     result = run(*command, "--log-format", "json")
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
-    assert [line["message"] for line in lines][-1] == "data set: [1/1] c: 0 nuclei"
+    assert lines[-2]["message"] == "data set: [1/1] c: 0 nuclei"
+    assert lines[-1]["message"].startswith("data set: a, c: are the same slide")
 
 
 def test_segment_checks_the_data_set_before_it_runs(cohort: Path, dataset: Path, tmp_path: Path) -> None:

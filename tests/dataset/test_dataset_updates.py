@@ -207,6 +207,18 @@ def recorded(monkeypatch: pytest.MonkeyPatch, dataset: Path, snapshots: Path) ->
     return lambda: taken
 
 
+def test_a_slide_under_two_ids_is_named(nuclei: tuple[Any, Size], tmp_path: Path) -> None:
+    lines: list[str] = []
+    for slide_id, fingerprint in {"a": "1", "b": "2", "renamed": "1"}.items():
+        run = MadeRun(tmp_path / slide_id, *nuclei)
+        run.put(slide_id, 40, fingerprint=fingerprint)
+        run.list(slide_id)
+        add_run(run.layout.root, tmp_path / "dataset", (), lines.append)
+    assert [line[:54] for line in lines if "same slide" in line] == [
+        "a, renamed: are the same slide, whose nuclei are there"
+    ]
+
+
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.faults), 5])
 def test_wherever_it_is_killed_nothing_is_double_or_lost(
     nuclei: tuple[Any, Size], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int

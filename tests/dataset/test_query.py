@@ -403,6 +403,16 @@ def test_clinical_tables_that_cannot_be_joined(asked: Asked, tmp_path: Path, tex
     assert message in ask("query", asked.root, "SELECT 1", "--join", path, "--on", on, exit_code=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("months", "read"), [("3,5", 3.5), ("#N/A", None), ("1,250", "1,250"), ("4.5", "4.5"), ("1.250,5", "1.250,5")]
+)
+def test_numbers_and_missing_values_of_excel(asked: Asked, tmp_path: Path, months: str, read: Any) -> None:
+    path = tmp_path / "clinical.csv"
+    path.write_text(f"patient_id;months\n001;{months}\n002;0,5\n", encoding="utf-8")
+    with pytest.warns(UserWarning, match="no row for"), hover_batch.open_cohort(asked.root, path) as cohort:
+        assert cohort.connection.sql("SELECT months FROM clinical ORDER BY patient_id").fetchall()[0] == (read,)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_nan_is_a_missing_value(asked: Asked, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"clinical.{suffix}"

@@ -78,10 +78,11 @@ def test_smaller_batches_are_a_warning(
     assert whole.slides[0]["warnings"] == []
 
 
+@pytest.mark.parametrize("how", ["another run has taken over", "was removed or moved"])
 def test_a_run_that_lost_its_folder_writes_nothing_more(
-    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """A run of another key takes over the folder during the third unit, as after --force elsewhere."""
+    """A run of another key takes over the folder during the third unit, as after --force elsewhere; or it is gone."""
     run, out = runner("local", monkeypatch), tmp_path / "out"
     slide = out / "slides" / "a"
 
@@ -92,14 +93,37 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(
             Usurped.batches += 1
             if Usurped.batches == 3:
                 (slide / "key.json").write_text('{"run_key": "another"}')
+                if "removed" in how:
+                    (slide / "key.json").unlink()
             return super().predict(tiles)
 
     outcome = run(fields("a"), out, lambda package, settings: Usurped(package.card, settings.batch))
-    assert outcome.exit_code == 4 and "another run has taken over" in outcome.failures[0].reason
+    assert outcome.exit_code == 4 and how in outcome.failures[0].reason
     assert len(list((slide / "markers").glob("*.json"))) == 2
     assert len([p for p in (slide / "predictions.zarr" / "c").rglob("*") if p.is_file()]) == 2
     run(fields("a"), tmp_path / "reference", LoadQuick())
     assert run(fields("a"), out, LoadQuick()).exit_code == 0
+    assert tables(out) == tables(tmp_path / "reference")
+
+
+def test_a_slide_that_is_replaced_while_it_is_read_fails(
+    fields: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The predictions of both files are discarded, also if the first one comes back."""
+    run, cohort, out = runner("local", monkeypatch), fields("a", "b"), tmp_path / "out"
+    cohort.write_text("path,mpp\na.png,0.25\n")
+    slide, first = cohort.parent / "a.png", (cohort.parent / "a.png").read_bytes()
+
+    class Replacing(Quick):
+        def predict(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            slide.write_bytes((cohort.parent / "b.png").read_bytes())
+            return super().predict(tiles)
+
+    outcome = run(cohort, out, lambda package, settings: Replacing(package.card, settings.batch))
+    assert outcome.exit_code == 4 and "a.png: was replaced or changed" in outcome.failures[0].reason
+    slide.write_bytes(first)
+    assert run(cohort, out, LoadQuick()).exit_code == 0
+    run(cohort, tmp_path / "reference", LoadQuick())
     assert tables(out) == tables(tmp_path / "reference")
 
 
