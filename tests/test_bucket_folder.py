@@ -59,7 +59,7 @@ def test_another_last_file_is_removed_before_the_others_are_replaced(
     assert unreliable.sent[3:] == ["bucket/run/a/table", "bucket/run/done.json"]
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.faults), 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.faults), 5])
 def test_any_call_may_fail(server: str, files: dict[str, Path], unreliable: Unreliable, step: int) -> None:
     """Once: it is repeated. For good: the last file is there only if the others are, and the next adds the rest."""
     folder = BucketFolder(Url("s3://bucket/whole"))

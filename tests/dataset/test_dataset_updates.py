@@ -219,7 +219,7 @@ def test_a_slide_under_two_ids_is_named(nuclei: tuple[Any, Size], tmp_path: Path
     ]
 
 
-@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.faults), 5])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.faults), 10])
 def test_wherever_it_is_killed_nothing_is_double_or_lost(
     nuclei: tuple[Any, Size], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

@@ -105,6 +105,7 @@ def test_uploads_do_not_hold_up_the_work(
     assert_bucket_holds(tmp_path / "work", "a", "b")
 
 
+@pytest.mark.faults  # quick: tests/test_bucket_folder.py, where each call fails
 def test_a_lost_bucket_fails_no_slide_and_the_same_command_completes_the_uploads(
     fields: Fields,
     run: Run,

@@ -62,7 +62,7 @@ def test_pixels_whose_centre_is_in_the_outline(nuclei: NucleiTable, tmp_path: Pa
     assert len(np.unique(found)) > 0.9 * nuclei.rows
 
 
-@pytest.fixture(params=["annotated", "drawn"])
+@pytest.fixture
 def few(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NucleiTable:
     """As `nuclei`, but on a corner of the annotated image, since each shard is several files."""
     monkeypatch.setattr(read, "BATCH", 30)
@@ -74,7 +74,7 @@ def few(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
     return table
 
 
-@pytest.mark.parametrize("shard", [64, 256])
+@pytest.mark.parametrize(("few", "shard"), [("annotated", 64), ("drawn", 256)], indirect=["few"])
 def test_pixels_do_not_depend_on_shards(
     few: NucleiTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int
 ) -> None:
