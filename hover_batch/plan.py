@@ -15,7 +15,7 @@ from pathlib import Path
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.manifest import Cohort, RowFault, raise_if_faulty
 from hover_batch.cohort.record import SlideRecord, Url
-from hover_batch.config import Settings
+from hover_batch.config import SampleSettings, Settings
 from hover_batch.errors import InputError, SlideError, exit_code
 from hover_batch.formatting import counted, duration
 from hover_batch.geometry import Grid
@@ -146,7 +146,7 @@ def check_settings(settings: Settings, card: Card) -> Taxonomy:
     """Check the settings that depend on the model, and return the classes of the tables.
 
     The result has the model's classes, merged by the class map if there is one. The settings checked are the side of a
-    unit, sobel_norm, the class map and, with --stop-at, the density and the side of a cluster. `card`: card of the
+    unit, sobel_norm, the class map, the density of --of and, with --stop-at, the side of a cluster. `card`: card of the
     model. InputError if a setting is invalid for this model.
     """
     if settings.infer.unit % card.tile_out:
@@ -158,6 +158,8 @@ def check_settings(settings: Settings, card: Card) -> Taxonomy:
     taxonomy, _ = card.taxonomy.merged(settings.post.class_map)
     if settings.sample.stop_at:
         _check_sample(settings, card, taxonomy)
+    elif settings.sample.of != SampleSettings.of:
+        raise InputError(f"--of {settings.sample.of}: applies to --stop-at; add it, or leave --of out")
     return taxonomy
 
 

@@ -183,6 +183,7 @@ def test_what_is_estimated_is_nowhere_taken_for_whole(
         (["--stop-at", "5%", "--dataset", "DATA"], "--dataset .*: needs whole slides, and --stop-at estimates"),
         (["--stop-at", "5%", "--sobel-norm", "window"], "--stop-at: needs nuclei that do not depend on tile borders"),
         (["--stop-at", "5%", "--of", "tumour"], "--of tumour: must be one of nuclei, miscellaneous, inflammatory"),
+        (["--of", "spindle"], "--of spindle: applies to --stop-at; add it, or leave --of out"),
         (["--stop-at", "5"], "--stop-at 5.0: a share below 1, such as 5%"),
         (["--stop-at", "five"], "'five' is not a share such as 5%"),
     ],
