@@ -24,6 +24,7 @@ from hover_batch.config import EngineSettings, Settings
 from hover_batch.errors import HoverBatchError
 from hover_batch.executor.disk_space import NEEDED_BYTES
 from hover_batch.executor.resources import Node, Resources, engine_plan
+from hover_batch.files import nearest_existing
 from hover_batch.model.cache import VARIABLE, cache_folder
 from hover_batch.model.package import find_package, load_tensors
 
@@ -223,7 +224,7 @@ def _open_files() -> Finding:
 
 def _nearest(folder: Path) -> tuple[Path, bool]:
     """Return a folder, or the nearest parent that exists, and whether it is a folder that can be written."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = nearest_existing(folder)
     return there, there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import uuid
 import zipfile
 import zlib
@@ -58,8 +59,17 @@ def is_special(path: Path) -> bool:
 
     A read of them may never end, and nothing can replace them.
     """
-    special = path.exists() and not (path.is_file() or path.is_dir())
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # such as a missing file
+        return False
+    special = not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
     return special or (path.is_symlink() and os.readlink(path).startswith("/proc/"))
+
+
+def nearest_existing(folder: Path) -> Path:
+    """Return the absolute path of `folder`, or of its nearest parent that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def read_whole(path: Path) -> bytes:

@@ -231,7 +231,7 @@ def _plan(cohort: Cohort, card: Card, remote_infos: dict[int, Future[RemoteInfo]
             continue
         if info is not None:
             first = first_with_content.setdefault(info.fingerprint, record)
-            if _place(first.path) != _place(record.path):
+            if first is not record and _place(first.path) != _place(record.path):
                 warnings.append(
                     f"row {record.row} ({record.slide_id}) is a copy of the slide in row {first.row} "
                     f"({first.slide_id}), so that its nuclei are counted twice; keep one of them"

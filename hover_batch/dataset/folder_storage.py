@@ -14,7 +14,7 @@ from hover_batch.cohort.run_lock import locked
 from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.slides import FIXED, named_files, read_slides_table, refuse_other_files, write_slides_table
 from hover_batch.errors import DISK_FULL, InputError
-from hover_batch.files import remove_leftovers
+from hover_batch.files import nearest_existing, remove_leftovers
 
 
 def check_folder(folder: Path, flag: str) -> None:
@@ -26,7 +26,7 @@ def check_folder(folder: Path, flag: str) -> None:
     created or written; OSError if it cannot be read.
     """
     layout = DatasetLayout(folder)
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    existing = nearest_existing(folder)
     if not existing.is_dir():
         raise InputError(f"{flag} {folder}: {existing} is not a folder; name another folder")
     if not os.access(existing, os.W_OK | os.X_OK):

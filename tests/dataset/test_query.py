@@ -134,6 +134,11 @@ def test_a_query_only_reads_the_data_set(asked: Asked, opened: Dataset, tmp_path
     assert contents(asked.root) == before and sorted(tmp_path.iterdir()) == [secret]
 
 
+def test_a_refused_query_ends_the_command(asked: Asked) -> None:
+    done = ask("query", asked.root, "DROP TABLE slides", exit_code=2)
+    assert done.stderr.startswith("Error: the query") and not done.stdout
+
+
 def test_settings_cannot_be_changed_on_the_connection_itself(asked: Asked) -> None:
     with hover_batch.open_cohort(asked.root) as cohort:
         for statement in ("SET enable_external_access = true", "SET allowed_paths = ['/etc/passwd']", "LOAD httpfs"):
