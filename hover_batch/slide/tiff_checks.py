@@ -102,8 +102,7 @@ def check_ome(path: Path, images: Sequence[tifffile.TiffPageSeries], largest: ti
         raise _several(path, len(large))
     # tifffile converts the colours of JPEG only.
     if keyframe.photometric not in _RGB_OR_GREY and keyframe.compression != tifffile.COMPRESSION.JPEG:
-        kind = getattr(keyframe.photometric, "name", keyframe.photometric)
-        raise SlideError(f"{path}: an OME-TIFF with colours of type {kind}; save it as RGB")
+        raise _colour_error(path, keyframe)
     for page in (page for level in largest.levels for page in level.pages):
         if page is None:
             raise SlideError(f"{path}: lacks pixels that are in another file of the OME-TIFF; put it beside this one")
@@ -136,9 +135,16 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[in
                 f"{path}: a TIFF with compression {getattr(page.compression, 'name', page.compression)}, which is read "
                 "only in an OME-TIFF; save it with JPEG, LZW or deflate, or convert it to an OME-TIFF with bfconvert"
             )
+        if page.photometric == tifffile.PHOTOMETRIC.CIELAB:  # libtiff converts it, but to wrong colours
+            raise _colour_error(path, page)
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
             _check_colour_map(path, page)
         _check_complete(path, page)
+
+
+def _colour_error(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> SlideError:
+    kind = getattr(page.photometric, "name", page.photometric)
+    return SlideError(f"{path}: a TIFF with colours of type {kind}; save it as RGB")
 
 
 def orientation_error(path: Path, orientation: int) -> SlideError:

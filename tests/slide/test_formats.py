@@ -202,10 +202,11 @@ def test_tiles_that_are_not_stored_are_not_black(tmp_path: Path, name: str) -> N
         peek(record(tmp_path / name, mpp=0.25))
 
 
-def test_colours_that_tifffile_does_not_convert_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "ycbcr.ome.tif"
-    tifffile.imwrite(path, FIELD, photometric="ycbcr", **TILES)
-    with pytest.raises(SlideError, match="colours of type YCBCR; save it as RGB"):
+@pytest.mark.parametrize(("name", "colours"), [("ycbcr.ome.tif", "ycbcr"), ("lab.tif", "cielab")])
+def test_colours_that_are_converted_wrongly_are_refused(tmp_path: Path, name: str, colours: str) -> None:
+    path = tmp_path / name
+    tifffile.imwrite(path, FIELD, photometric=colours, **TILES)
+    with pytest.raises(SlideError, match=f"colours of type {colours.upper()}; save it as RGB"):
         peek(record(path, mpp=0.25))
 
 
