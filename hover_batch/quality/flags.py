@@ -37,6 +37,7 @@ Limits = Mapping[str, tuple[float, float]]
 LIMITS: Limits = {
     "nuclei_per_mm2": (100, 30_000),
     "area_um2": (10.5, 100),
+    "solidity": (0.9, 1.0),
     "sharpness": (0.75, math.inf),
     "h_od": (0.10, 1.40),
     "e_od": (0.0, 0.50),
@@ -103,6 +104,24 @@ class _Slide:
         return _share_below(self["sharpness"], max(b["sharpness"][0] for b in (self.limits, self.nearest))) or 0.0
 
     @property
+    def implausible_area(self) -> bool:
+        """Whether the median nucleus is too small or too large, for any slide or for this cohort."""
+        return self.outside("area_um2", self.limits) or self.outside("area_um2", self.cohort)
+
+    @property
+    def wrong_pixel_size(self) -> str:
+        """Sentences that say why the pixel size may be wrong."""
+        if self.implausible_area:
+            return (
+                f"The median nucleus has {self['area_um2']:.3g} µm², which is implausible. The pixel size is probably "
+                f"wrong: {self.mpp_factor:.2g} times the present one would fit."
+            )
+        return (
+            f"The outlines are irregular (mean solidity {self['solidity']:.2f}). Look at overlay.jpg: if they surround "
+            "groups of nuclei, the pixel size is too small by a factor of 2 or more."
+        )
+
+    @property
     def mpp_factor(self) -> float:
         """Factor by which the pixel size must be multiplied for nuclei of the usual size.
 
@@ -158,10 +177,8 @@ RULES = (
     ),
     _Rule(
         "pixel_size",
-        lambda s: s.outside("area_um2", s.limits) or s.outside("area_um2", s.cohort),
-        "The median nucleus has {s[area_um2]:.3g} µm², which is implausible. The pixel size is probably wrong: "
-        "{s.mpp_factor:.2g} times the present one would fit. Check the magnification of the scan, then give the right "
-        "mpp in the cohort CSV.",
+        lambda s: s.implausible_area or s.below("solidity", s.limits),
+        "{s.wrong_pixel_size} Check the magnification of the scan, then give the right mpp in the cohort CSV.",
     ),
     _Rule(
         "out_of_focus",

@@ -15,6 +15,7 @@ GOOD: dict[str, Any] = {
         "e_od": 0.1,
         "seg_score": 0.9,
         "type_prob": 0.85,
+        "solidity": 0.94,
         "sharpness": [2.0, 2.2, 1.9],
         "ink": 0.0,
         "brown": 0.0,
@@ -22,7 +23,7 @@ GOOD: dict[str, Any] = {
         "dark": 0.5,
     },
 }
-NO_NUCLEI = {"h_od": None, "e_od": None, "seg_score": None, "type_prob": None, "sharpness": []}
+NO_NUCLEI = {"h_od": None, "e_od": None, "seg_score": None, "type_prob": None, "solidity": None, "sharpness": []}
 
 
 def slide(summary: dict[str, Any] | None = None, **quality: Any) -> dict[str, Any]:
@@ -50,6 +51,8 @@ def names(value: dict[str, Any], others: list[dict[str, Any]] | None = None) -> 
         (slide(mask_on_tissue=0.2), ["mask"]),
         (slide({"nuclei_per_mm2": 50_000.0}), ["many_nuclei"]),
         (slide({"area_um2_p50": 140.0}), ["pixel_size"]),
+        (slide(solidity=0.91), []),
+        (slide(solidity=0.88), ["pixel_size"]),
         (slide(sharpness=[0.6, 2.0, 2.0, 2.0]), []),
         (slide(sharpness=[0.6, 0.5, 2.0, 2.0]), ["out_of_focus"]),
         (slide(ink=0.02), ["ink"]),
@@ -95,6 +98,11 @@ def test_one_outlier_does_not_hide_another() -> None:
 def test_the_factor_of_the_pixel_size_is_given(area: float, factor: str) -> None:
     [flag] = flag_slides({"a": slide({"area_um2_p50": area})})["a"]
     assert flag.name == "pixel_size" and factor in flag.sentence
+
+
+def test_outlines_of_groups_speak_against_the_pixel_size_without_a_factor() -> None:
+    [flag] = flag_slides({"a": slide(solidity=0.88)})["a"]
+    assert "solidity 0.88" in flag.sentence and "groups" in flag.sentence and "would fit" not in flag.sentence
 
 
 def test_limits_of_the_card_take_precedence() -> None:
