@@ -58,7 +58,7 @@ def nuclei_from(
         major_axis_px=20 * unit(),
         minor_axis_px=10 * unit(),
         eccentricity=unit(),
-        solidity=unit(),
+        solidity=0.9 + 0.1 * unit(),
         type_id=np.array(column[6], np.uint8),
         type_prob=unit(),
         class_probs=probs / probs.sum(axis=1, keepdims=True),

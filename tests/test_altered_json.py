@@ -68,15 +68,18 @@ def test_an_altered_slide_json(layout: RunLayout, command: str, every: int) -> N
         assert result.exit_code == 0 or (result.exit_code == 2 and "slide.json: was edited" in result.stderr), text
 
 
-@pytest.mark.parametrize("changes", [{"n_spindle": "1"}, {"spindle_per_mm2": None}, {"n_spindle": 1.5}])
-def test_altered_columns_of_classes_are_refused(layout: RunLayout, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"n_spindle": "1"}, {"spindle_per_mm2": None}, {"n_spindle": 1.5}, {"eccentricity_p25": "0.7"}]
+)
+def test_altered_numbers_of_the_summary_are_refused(layout: RunLayout, changes: dict[str, Any]) -> None:
     path = layout.slide("a").slide_json
     original = path.read_bytes()
     values = json.loads(original)
     path.write_text(json.dumps({**values, "summary": values["summary"] | changes}))
-    result = run("report", layout.root)
+    results = run("report", layout.root), run("cohort", layout.root, "-o", layout.root.parent / "data")
     path.write_bytes(original)
-    assert result.exit_code == 2 and f"{path}: was edited: its summary lacks numbers" in result.stderr
+    for result in results:
+        assert result.exit_code == 2 and f"{path}: was edited: its summary lacks the number" in result.stderr
 
 
 def test_a_slide_that_was_renamed_with_its_folder(tmp_path: Path) -> None:
@@ -104,16 +107,16 @@ def test_segment_makes_an_altered_slide_json_again(tmp_path: Path) -> None:
     assert run(*command).exit_code == 0
     path = tmp_path / "out" / "slides" / field.stem / "slide.json"
     values = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**values, "quality": {"ink": [0.1]}}))
-    assert run("status", tmp_path / "out", "--json").stdout.count('"done": 0') == 1
-    assert run(*command).exit_code == 0
-    again = json.loads(path.read_bytes())
-    assert [again[name] for name in ("nuclei", "quality", "nuclei_sha256")] == [
-        values[name] for name in ("nuclei", "quality", "nuclei_sha256")
-    ]
+    kept = ("nuclei", "quality", "nuclei_sha256")
+    for changes in ({"quality": {"ink": [0.1]}}, {"summary": values["summary"] | {"solidity_p50": "0.9"}}):
+        path.write_text(json.dumps({**values, **changes}))
+        assert run("status", tmp_path / "out", "--json").stdout.count('"done": 0') == 1
+        assert run(*command).exit_code == 0
+        again = json.loads(path.read_bytes())
+        assert [again[name] for name in kept] == [values[name] for name in kept]
     path.write_text(json.dumps({**values, "summary": values["summary"] | {"n_spindle": "1"}}))
     result = run(*command)
-    assert result.exit_code == 2 and f"{path}: was edited: its summary lacks numbers" in result.stderr
+    assert result.exit_code == 2 and f"{path}: was edited: its summary lacks the number" in result.stderr
 
 
 def test_an_altered_survey_json_is_a_fault_of_its_slide(tmp_path: Path) -> None:

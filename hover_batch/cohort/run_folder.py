@@ -25,7 +25,7 @@ RUN_FORMAT = "hover-batch run"
 _COUNTS = ("nuclei", "slides", "failed")
 _MAX_NUMBER = 1e100
 _NUMBERS = (
-    "tissue_mm2", "nuclei_per_mm2", "area_um2_p50", "nuclei_low", "nuclei_high", "nuclei_per_mm2_low",
+    "tissue_mm2", "nuclei_per_mm2", "area_um2_p50", "solidity_p50", "nuclei_low", "nuclei_high", "nuclei_per_mm2_low",
     "nuclei_per_mm2_high",
 )  # fmt: skip
 """Columns in the summary of a finished slide that are numbers; a cohort's own columns never have these names."""

@@ -18,7 +18,7 @@ from hover_batch.dataset.layout import model_key
 from hover_batch.dataset.slides import FIXED
 from hover_batch.errors import InputError, SlideError
 from hover_batch.export.read import NucleiTable
-from hover_batch.export.summary import STAGE, summary_schema, with_record_columns
+from hover_batch.export.summary import STAGE, refuse_altered, summary_schema, with_record_columns
 from hover_batch.formatting import listed
 from hover_batch.nuclei.table import SCHEMA_VERSION
 from hover_batch.quality.flags import Flag, flag_slides, summary_columns
@@ -121,6 +121,7 @@ class RunSource:
         record, done = self.slides[slide_id], self.done[slide_id]
         known = set(summary_schema(taxonomy).names)
         row: Row = {}
+        refuse_altered(done.get("summary", {}), taxonomy.nuclei, self.layout.slide(slide_id).slide_json)
         summary = with_record_columns(done.get("summary", {}), record, taxonomy)
         for name, value in (summary | summary_columns(done, self.flags[slide_id])).items():
             is_text = name not in known and not name.startswith(STAGE)

@@ -126,19 +126,22 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
 
 
 def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) -> None:
-    """Raise InputError if the summary's row of a finished slide lacks numbers of a class, for example after an edit.
+    """Raise InputError if the summary's row of a finished slide lacks a number that is read, for example after an edit.
 
-    The numbers of nuclei must be integers; densities must be numbers if there are any.
+    The numbers of nuclei of each class must be integers; densities and quartiles must be numbers if there are any.
 
     `row`: row of the summary in the file `slide_json`. `classes`: classes of nuclei, without the background.
     """
-    for kind in classes:
-        count, density = row.get(f"n_{kind.name}"), row.get(f"{kind.name}_per_mm2", 0.0)
-        if type(count) is not int or not isinstance(density, int | float):
-            raise InputError(
-                f"{slide_json}: was edited: its summary lacks numbers of the class {kind.name}; remove this file and "
-                "repeat the segment command, which makes it again"
-            )
+    counts = [f"n_{kind.name}" for kind in classes]
+    densities = [f"{kind.name}_per_mm2" for kind in classes]
+    quartiles = [f"{name}_{quartile}" for name in MORPHOLOGY for quartile in QUARTILES if row.get("nuclei")]
+    lacking = [name for name in counts if type(row.get(name)) is not int]
+    lacking += [name for name in densities + quartiles if not isinstance(row.get(name, 0.0), int | float)]
+    if lacking:
+        raise InputError(
+            f"{slide_json}: was edited: its summary lacks the number {lacking[0]}; remove this file and repeat the "
+            "segment command, which makes it again"
+        )
 
 
 def _of_record(record: SlideRecord, taxonomy: Taxonomy) -> Row:

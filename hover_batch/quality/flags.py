@@ -37,7 +37,7 @@ Limits = Mapping[str, tuple[float, float]]
 LIMITS: Limits = {
     "nuclei_per_mm2": (100, 30_000),
     "area_um2": (10.5, 100),
-    "solidity": (0.9, 1.0),
+    "solidity": (0.91, 1.0),
     "sharpness": (0.75, math.inf),
     "h_od": (0.10, 1.40),
     "e_od": (0.0, 0.50),
@@ -117,8 +117,8 @@ class _Slide:
                 f"wrong: {self.mpp_factor:.2g} times the present one would fit."
             )
         return (
-            f"The outlines are irregular (mean solidity {self['solidity']:.2f}). Look at overlay.jpg: if they surround "
-            "groups of nuclei, the pixel size is too small by a factor of 2 or more."
+            f"The outlines are irregular (median solidity {self['solidity']:.2f}). Look at overlay.jpg: if they "
+            "surround groups of nuclei, the pixel size is too small by a factor of 2 or more."
         )
 
     @property
@@ -276,9 +276,8 @@ def _measures(slide: Mapping[str, Any]) -> dict[str, Any]:
     """Return the measures in a slide.json: those of `quality`, and counts from the summary."""
     summary = slide.get("summary", {})
     counted = {name: summary[name] for name in ("nuclei", "tissue_mm2", "nuclei_per_mm2") if name in summary}
-    if summary.get("area_um2_p50"):
-        counted["area_um2"] = summary["area_um2_p50"]
-    return {**counted, **slide.get("quality", {})}
+    medians = {name: value for name in ("area_um2", "solidity") if (value := summary.get(f"{name}_p50"))}
+    return {**counted, **medians, **slide.get("quality", {})}
 
 
 def _share_below(values: Sequence[float] | None, limit: float) -> float | None:

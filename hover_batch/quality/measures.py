@@ -19,13 +19,7 @@ MAX_FIELDS = 16
 """Maximum number of sampled fields of a slide."""
 MIN_NUCLEI = 5
 """Minimum number of nuclei in a sampled field."""
-_MEANS = {
-    "h_od": "h_od_mean",
-    "e_od": "e_od_mean",
-    "seg_score": "seg_score",
-    "type_prob": "type_prob",
-    "solidity": "solidity",
-}
+_MEANS = {"h_od": "h_od_mean", "e_od": "e_od_mean", "seg_score": "seg_score", "type_prob": "type_prob"}
 _BINNING = 2
 """Inference pixels per pixel whose sharpness is measured: at 0.5 µm, 20× scans are as sharp as 40× scans."""
 _MIN_PIXELS = 200
@@ -34,8 +28,7 @@ _MIN_PIXELS = 200
 def mean_measures(nuclei: Path) -> dict[str, float]:
     """Return the means over all nuclei of a slide, by name; empty if there are no nuclei.
 
-    The names are h_od and e_od, which are optical densities, and seg_score, type_prob and solidity, which are from 0 to
-    1.
+    The names are h_od and e_od, which are optical densities, and seg_score and type_prob, which are from 0 to 1.
 
     `nuclei`: path of nuclei.parquet.
 

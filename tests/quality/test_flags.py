@@ -9,13 +9,18 @@ import pytest
 from hover_batch.quality.flags import FLAG_NAMES, RULES, counts_of, flag_slides, summary_columns
 
 GOOD: dict[str, Any] = {
-    "summary": {"nuclei": 4000, "tissue_mm2": 1.0, "nuclei_per_mm2": 4000.0, "area_um2_p50": 30.0},
+    "summary": {
+        "nuclei": 4000,
+        "tissue_mm2": 1.0,
+        "nuclei_per_mm2": 4000.0,
+        "area_um2_p50": 30.0,
+        "solidity_p50": 0.94,
+    },
     "quality": {
         "h_od": 0.4,
         "e_od": 0.1,
         "seg_score": 0.9,
         "type_prob": 0.85,
-        "solidity": 0.94,
         "sharpness": [2.0, 2.2, 1.9],
         "ink": 0.0,
         "brown": 0.0,
@@ -23,7 +28,7 @@ GOOD: dict[str, Any] = {
         "dark": 0.5,
     },
 }
-NO_NUCLEI = {"h_od": None, "e_od": None, "seg_score": None, "type_prob": None, "solidity": None, "sharpness": []}
+NO_NUCLEI = {"h_od": None, "e_od": None, "seg_score": None, "type_prob": None, "sharpness": []}
 
 
 def slide(summary: dict[str, Any] | None = None, **quality: Any) -> dict[str, Any]:
@@ -51,8 +56,8 @@ def names(value: dict[str, Any], others: list[dict[str, Any]] | None = None) -> 
         (slide(mask_on_tissue=0.2), ["mask"]),
         (slide({"nuclei_per_mm2": 50_000.0}), ["many_nuclei"]),
         (slide({"area_um2_p50": 140.0}), ["pixel_size"]),
-        (slide(solidity=0.91), []),
-        (slide(solidity=0.88), ["pixel_size"]),
+        (slide({"solidity_p50": 0.92}), []),
+        (slide({"solidity_p50": 0.89}), ["pixel_size"]),
         (slide(sharpness=[0.6, 2.0, 2.0, 2.0]), []),
         (slide(sharpness=[0.6, 0.5, 2.0, 2.0]), ["out_of_focus"]),
         (slide(ink=0.02), ["ink"]),
@@ -101,8 +106,8 @@ def test_the_factor_of_the_pixel_size_is_given(area: float, factor: str) -> None
 
 
 def test_outlines_of_groups_speak_against_the_pixel_size_without_a_factor() -> None:
-    [flag] = flag_slides({"a": slide(solidity=0.88)})["a"]
-    assert "solidity 0.88" in flag.sentence and "groups" in flag.sentence and "would fit" not in flag.sentence
+    [flag] = flag_slides({"a": slide({"solidity_p50": 0.89})})["a"]
+    assert "solidity 0.89" in flag.sentence and "groups" in flag.sentence and "would fit" not in flag.sentence
 
 
 def test_limits_of_the_card_take_precedence() -> None:
