@@ -27,6 +27,7 @@ MAX_WORKERS = 1_000_000
 """Limit of cores and GPUs; larger values are treated as typos."""
 MAX_SIDE = 16_384
 """Limit in inference pixels of the side of what is held in memory at once; all planes of such a square are a few GB."""
+_BATCH_RULE = "auto, or between 1 and 1024"
 
 
 def _check(ok: bool, name: str, value: object, rule: str) -> None:
@@ -36,7 +37,8 @@ def _check(ok: bool, name: str, value: object, rule: str) -> None:
 
 def _typed(name: str, value: object, kind: type) -> Any:
     """Return `value`, as a file gives it, in the type of the setting `name`; a float may be written without a point."""
-    if name == "infer.batch" and isinstance(value, str) and value == "auto":
+    if name == "infer.batch" and isinstance(value, str | int) and value in ("auto", AUTO_BATCH):
+        _check(value == "auto", "--batch", value, _BATCH_RULE)
         return AUTO_BATCH
     if type(value) is kind:
         return value
@@ -110,7 +112,7 @@ class InferSettings(Section):
         fits = 256 <= self.unit <= MAX_SIDE and self.unit % 256 == 0
         _check(fits, "--unit", self.unit, f"a multiple of 256 up to {MAX_SIDE}")
         fits = self.batch == AUTO_BATCH or 1 <= self.batch <= 1024
-        _check(fits, "--batch", self.batch, "auto, or between 1 and 1024")
+        _check(fits, "--batch", self.batch, _BATCH_RULE)
         _check(0 <= self.threads <= 1024, "--threads", self.threads, "between 0 and 1024")
 
 

@@ -148,6 +148,7 @@ def test_a_changed_setting_is_refused_by_name_and_force_starts_anew(tile: Path, 
     [
         (["--unit", "1000"], "--unit 1000"),
         (["--batch", "0"], "--batch 0"),
+        (["--batch", "-1"], "--batch -1: auto, or between 1 and 1024"),
         (["--batch", "many"], "--batch"),
         (["--batch", "auto", "--halo", "-1"], "--halo -1"),
         (["--model", "none.safetensors"], "--model none.safetensors"),
@@ -396,7 +397,8 @@ def test_plan_takes_the_settings_of_segment_from_the_environment(tile: Path, tmp
     assert " 0.0 GB of stored predictions" in discarded.stdout
     classes = tmp_path / "map.toml"
     classes.write_text('other = ["nobody"]\n')
-    for name, value in {"UNIT": "1000", "BATCH": "many", "CLASS_MAP": str(classes)}.items():
+    wrong = {"UNIT": "1000", "BATCH": "many", "CLASS_MAP": str(classes), "DEVICE": "gpu"}
+    for name, value in wrong.items():
         variable = {f"HOVER_BATCH_{name}": value}
         refused, same = run("plan", csv, env=variable), run("segment", csv, "-o", tmp_path / "out", env=variable)
         assert refused.exit_code == 2 and refused.stderr.replace("plan", "segment") == same.stderr

@@ -118,9 +118,13 @@ def test_a_path_that_is_not_utf8_is_invalid_input(tmp_path: Path) -> None:
 
 def test_a_settings_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff")
+    (tmp_path / "folder.toml").mkdir()
+    os.mkfifo(tmp_path / "pipe.toml")
     (tmp_path / "huge.toml").write_text(f"[tissue]\nmask_mpp = 1{'0' * 400}\n")
     for file, message in (
         ("none.toml", "none.toml: cannot be read (No such file or directory); name a TOML file"),
+        ("folder.toml", "folder.toml: cannot be read (Is a directory); name a TOML file"),
+        ("pipe.toml", "pipe.toml: cannot be read (is a device or a pipe, not a file; name a file); name a TOML file"),
         ("binary.toml", "is not TOML in UTF-8"),
         ("huge.toml", "setting tissue.mask_mpp: a number of 401 digits is too large"),
     ):

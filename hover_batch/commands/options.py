@@ -18,7 +18,7 @@ from hover_batch.bucket import instead_of_url
 from hover_batch.cohort.record import Url
 from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
-from hover_batch.files import given_path
+from hover_batch.files import given_path, read_whole
 from hover_batch.formatting import suggestion
 from hover_batch.logs import LogFormat, json_line
 from hover_batch.model.cache import VARIABLE as CACHE_VARIABLE
@@ -233,7 +233,7 @@ def read_toml(flag: str, path: Path) -> dict[str, Any]:
     `flag`: option that gave the path, for the message. InputError if the file cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_whole(path).decode("utf-8-sig"))
     except OSError as error:
         raise InputError(f"{flag} {path}: cannot be read ({error.strerror}); name a TOML file") from error
     except ValueError as error:

@@ -90,6 +90,10 @@ def plan(
     package = find_package(settings.model)
     check_installed(package.card.architecture)
     check_settings(settings, package.card)
+    if settings.infer.device != "auto":  # the check imports torch, which takes seconds
+        from hover_batch.executor.backend import resolve_here
+
+        resolve_here(settings, package.card)
     planned = plan_cohort(read_cohort(cohort), package.card)
     if not skip_invalid:
         planned.raise_if_faulty()
