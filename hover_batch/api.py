@@ -24,7 +24,7 @@ from hover_batch.cohort.record import Url
 from hover_batch.config import Settings, nested
 from hover_batch.errors import InputError, SlideError
 from hover_batch.export.read import NucleiTable, unreadable
-from hover_batch.files import read_json
+from hover_batch.files import given_path, read_json
 from hover_batch.geometry import Box, Grid, Mpp, Size
 from hover_batch.model.card import Card
 from hover_batch.model.images import batch_of, predict_image
@@ -47,13 +47,14 @@ CATEGORIES = ["slide_id", "type"]
 
 
 def _place(name: str, value: str | Path) -> Path | Url:
-    """Return the argument `name` as a path or URL. InputError if it is of another type, empty, or no path at all."""
+    """Return the argument `name` as a path or URL, with ~ expanded. InputError if it is not a valid path."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
     if not isinstance(text, str):
         raise InputError(f"{name} {value!r}: must be a str or Path, not {type(value).__name__}")
-    if not text.strip() or "\0" in text:
-        raise InputError(f"{name} {text!r}: is not a path; give the path of a file or folder")
-    return Url.of(text) or Path(text)
+    try:
+        return Url.of(text) or given_path(text)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _text(name: str, value: str) -> str:
@@ -94,12 +95,13 @@ def segment_slide(
         raise InputError(
             f"output {folder}: is a URL; give a folder, or use `hover-batch segment -o {folder} --work FOLDER`"
         )
-    _place("path", path)
-    cohort = one_slide(path, mpp, None if slide_id is None else _text("slide_id", slide_id))
+    place = _place("path", path)
+    source = place.text if isinstance(place, Url) else place  # str(place) would leave out the credentials of a URL
+    cohort = one_slide(source, mpp, None if slide_id is None else _text("slide_id", slide_id))
     run_settings = Settings.from_dict({"model": str(model), **nested(settings)})
     if run_settings.sample.stop_at:
         raise InputError("stop_at: would give an estimate, not a table; use `hover-batch segment --stop-at`")
-    command = ["hover_batch.segment_slide", str(Url.of(str(path)) or path)]
+    command = ["hover_batch.segment_slide", str(place)]
     outcome = run_segment(cohort, folder, run_settings, skip_invalid=False, force=False, command=command)
     if outcome.failures:
         raise SlideError(outcome.failures[0].reason)

@@ -134,8 +134,9 @@ def test_invalid_arguments_are_refused(tmp_path: Path, model: hover_batch.Model)
     with pytest.raises(SlideError, match="broken"):
         hover_batch.segment_slide(tmp_path / "broken.svs", tmp_path / "other", backend="local")
     assert hover_batch.segment_slide(picture, tmp_path / "out", mpp=0.25, backend="local", runtime="torch").is_file()
-    for arguments in ({"slide_id": 5}, {"path": None}, {"output": 5}, {"output": ""}):
-        with pytest.raises(InputError, match=f"^{next(iter(arguments))} .*(must be a str|is not a path)"):
+    for arguments in ({"slide_id": 5}, {"path": None}, {"output": 5}, {"output": " "}, {"path": "a\0"}):
+        name = next(iter(arguments))
+        with pytest.raises(InputError, match=f"^{name}.*(must be a str|a path is empty|cannot be a path)"):
             hover_batch.segment_slide(**{"path": picture, "output": tmp_path / "out", "mpp": 0.25, **arguments})
     for load in (hover_batch.load_nuclei, hover_batch.load_predictions):
         with pytest.raises(InputError, match="must be a str or Path, not int"):
