@@ -7,15 +7,13 @@ the pixels of all images one after the other in raster order: `image` (pixel, 3)
 The .npz file has `image/<i>` (y, x, 3), `instances/<i>` and `types/<i>` (y, x) for each image, and `header`, JSON as
 bytes.
 
-A cache is written under a hidden name and renamed once it is complete; the next run removes the remains of a killed
-run. The hash of every image is checked when it is read, because missing zarr chunks are read as zeros.
+A cache is written under a hidden name and renamed once it is complete; the next run removes the remains of killed
+runs. The hash of every image is checked when it is read, because missing zarr chunks are read as zeros.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from hover_batch.errors import DISK_FULL, InputError
-from hover_batch.files import remove
+from hover_batch.files import replacing, replacing_folder, sweeping
 from hover_batch.taxonomy import Taxonomy
 from kd.data.samples import Sample
 from kd.data.stores import ARRAYS, Arrays, NpzStore, Store, ZarrStore
@@ -75,14 +73,14 @@ def is_cache(path: Path) -> bool:
 class CacheWriter:
     """Writer of a cache, one image at a time. Use `writing`, which creates the writer and calls `finish`.
 
-    `path`: zarr group or .npz file to create, by its suffix; an existing one is replaced. `out`: path for messages.
-    Raises InputError if the cache cannot be written, for example because the disk is full; so do the methods.
+    `path`: zarr group or .npz file to create, by the suffix of `out`; an existing one is replaced. `out`: path for
+    messages. Raises InputError if the cache cannot be written, for example because the disk is full; so do the methods.
     """
 
     def __init__(self, path: Path, out: Path) -> None:
         self._out = out
         with _failures(out):
-            self._store: Store = ZarrStore.create(path) if path.suffix == ".zarr" else NpzStore.create(path)
+            self._store: Store = ZarrStore.create(path) if out.suffix == ".zarr" else NpzStore.create(path)
         self._entries: dict[str, Entry] = {}
 
     def add(self, sample: Sample) -> None:
@@ -131,12 +129,14 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
     """Return a context manager that yields a writer for a cache at `path`.
 
     The cache appears only if the block succeeds, and then replaces an older one. If the block fails, an older cache
-    stays; exceptions of the block propagate. The remains of a killed run are removed.
+    stays; exceptions of the block propagate. The remains of killed runs are removed, unless another run is writing in
+    the same folder.
 
     `path`: a .zarr folder or .npz file in an existing folder. `taxonomy`: classes of the types.
 
     Raises InputError if `path` does not end in .zarr or .npz, its folder is missing, it exists but cannot be opened as
-    a cache of this version, it cannot be written, or the disk is full.
+    a cache of this version, it cannot be written, or the disk is full; OSError if the folder cannot be opened, or the
+    complete cache cannot be moved to `path`.
     """
     if not is_cache(path):
         raise InputError(f"--out {path}: must end in .zarr or .npz; change the ending")
@@ -147,18 +147,11 @@ def writing(path: Path, taxonomy: Taxonomy) -> Iterator[CacheWriter]:
             open_cache(path)
         except InputError as error:
             raise InputError(f"--out {path}: exists and is not a cache of this format; remove it first") from error
-    temporary = path.with_name(f".partial.{path.name}")
-    remove(temporary)  # left by a killed run
-    try:
+    replace = replacing_folder if path.suffix == ".zarr" else replacing
+    with sweeping(path), replace(path) as temporary:
         writer = CacheWriter(temporary, path)
         yield writer
         writer.finish(taxonomy)
-        with _failures(path):
-            if path.is_dir():
-                shutil.rmtree(path)  # os.replace does not replace a folder that is not empty
-            os.replace(temporary, path)
-    finally:
-        remove(temporary)
 
 
 @contextmanager

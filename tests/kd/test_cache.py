@@ -193,6 +193,17 @@ def test_a_killed_write_looks_like_none(tmp_path, form):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_two_writers_of_one_cache_do_not_disturb_each_other(tmp_path, form):
+    path = tmp_path / form
+    with writing(path, PANNUKE) as first:
+        first.add(sample("first", 5, 4))
+        assert [s.id for s in read_data(write(path, [sample("second", 5, 4)]), ["1"]).samples] == ["second"]
+        first.add(sample("last", 5, 4))
+    assert [s.id for s in read_data(path, ["1"]).samples] == ["first", "last"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
