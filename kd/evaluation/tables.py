@@ -8,6 +8,7 @@ below the table gives the reason.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import statistics
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hover_batch.errors import InputError
-from hover_batch.files import read_whole
+from hover_batch.files import read_whole, write_atomically
 from kd.evaluation.published_rows import (
     COST_COLUMNS,
     COST_NOTES,
@@ -200,16 +201,17 @@ def write_tables(made: Sequence[Table], out: Path) -> None:
     In file names, / and % of a source are written as %2F and %25.
 
     The CSV files have numbers with eight significant digits, and an additional column for each standard deviation.
-    Existing files are replaced.
+    Existing files are replaced, each in one step.
 
     `made`: result of `tables`. Raises OSError if a file cannot be written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text("\n".join(line for table in made for line in _markdown(table)), "utf-8")
+    write_atomically(out / "tables.md", "\n".join(line for table in made for line in _markdown(table)))
     for table in made:
         name = table.name.replace("%", "%25").replace("/", "%2F")  # different sources have different files
-        with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(_plain(table))
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(_plain(table))
+        write_atomically(out / f"{name}.csv", text.getvalue())
 
 
 def _scores_on(source: str) -> Callable[[Run], Mapping[str, Any]]:

@@ -147,6 +147,7 @@ def test_sources_and_labels_may_have_any_name(tmp_path: Path) -> None:
     names = {"ours_lab%2Fa": "0.4", "ours_lab%252Fa": "0.6", "ours_..%2Fb": "0.5"}
     assert {name: read(out, name)["T=3|\nα=0.5"]["pq"] for name in names} == names
     assert {file.name for file in tmp_path.iterdir()} == {"abc", "tables"}
+    assert not list(out.glob(".*"))
     rows = [line for line in (out / "tables.md").read_text().splitlines() if "T=3" in line]
     assert len(rows) == 4 and all(row.startswith(r"| T=3\| α=0.5 | ") for row in rows)
 
