@@ -203,8 +203,14 @@ def train(
     from kd.training.state import CHECKPOINT
     from kd.training.train import train as run
 
+    checkpoint, package = config.out / CHECKPOINT, package_path(config)
+    if package.exists() and not checkpoint.exists():
+        raise InputError(
+            f"--out {config.out}: has {package.name}, but no {CHECKPOINT} to resume from, and a new training would "
+            f"replace {package.name}; give another folder, or move the file"
+        )
     run(config)
-    typer.echo(make_package(config.out / CHECKPOINT, config.data, package_path(config)))
+    typer.echo(make_package(checkpoint, config.data, package))
 
 
 def train_settings(options: Mapping[str, Any]) -> dict[str, Any]:

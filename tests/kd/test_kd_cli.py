@@ -261,6 +261,15 @@ def test_train_makes_a_package(folder, tmp_path, monkeypatch):
     assert (config.preset, config.train_folds, config.val_folds) == ("quick", ("train",), ("val",))
 
 
+def test_train_keeps_a_package_that_it_did_not_write(folder, tmp_path):
+    package = tmp_path / "student.safetensors"
+    package.write_bytes(b"another")
+    result = run("train", "--data", folder, "--out", tmp_path, "--steps", 9)
+    assert isinstance(result.exception, InputError)
+    assert "has student.safetensors, but no checkpoint.pt to resume from" in str(result.exception)
+    assert list(tmp_path.iterdir()) == [package] and package.read_bytes() == b"another"
+
+
 def test_train_takes_a_preset_folds_and_a_teachers_form(folder, tmp_path, monkeypatch):
     import kd.package
     import kd.training.train
