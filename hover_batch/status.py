@@ -19,7 +19,7 @@ from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.run_folder import estimate_line, estimate_of, read_slides, require_run, slide_if_done
 from hover_batch.cohort.run_lock import is_locked
 from hover_batch.cohort.run_log import RETRY_CAUSES, LoggedFailure, Rate, RunLog, to_utc
-from hover_batch.errors import InputError
+from hover_batch.errors import InputError, file_fault
 from hover_batch.files import read_file
 from hover_batch.formatting import LISTED, counted, duration
 from hover_batch.quality.flags import Flag, counts_of, flag_slides
@@ -294,10 +294,7 @@ def read_status(folder: Path) -> RunStatus:
         holder = (read_file(layout.lock) or b"").decode(errors="replace").strip()
         return _status(layout, run, locked, holder, RunLog.read(layout.events_jsonl))
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InputError(
-            f"{error.filename or folder}: cannot be read ({reason}); fix this and run the command again"
-        ) from error
+        raise InputError(file_fault(error)) from error
 
 
 def _status(layout: RunLayout, run: Mapping[str, Any], locked: bool | None, holder: str, log: RunLog) -> RunStatus:

@@ -381,7 +381,7 @@ def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder(tile: Path,
     (out / "summary.csv").mkdir()
     result = run("segment", csv, "-o", out)
     said = f"Error: {out}/summary.csv: Is a directory; a file belongs there: move or remove the folder"
-    assert result.exit_code == 1 and result.stderr.splitlines()[-1] == said
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1] == said
     (out / "summary.csv").rmdir()
     shutil.rmtree(out / "slides" / "tile")
     (out / "slides" / "tile").touch()

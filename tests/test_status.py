@@ -386,8 +386,10 @@ def test_before_the_slides_are_listed(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_named_in_one_line(tmp_path: Path) -> None:
     out = made(tmp_path / "out", ["a"], [(0, "run_started", {})])
-    (out / "slides" / "a" / "slide.json").mkdir(parents=True)
-    result = run("view", out, "--slide", "a")
-    assert result.exit_code == 1
-    path = out / "slides" / "a" / "slide.json"
-    assert result.stderr == f"Error: {path}: Is a directory; a file belongs there: move or remove the folder\n"
+    for path in (out / "slides" / "a" / "slide.json", out / "slides.csv", out / "run.json"):
+        path.unlink(missing_ok=True)
+        path.mkdir(parents=True)
+        for command in (["status"], ["report"], ["view", "--slide", "a"], ["export", "--to", "csv"]):
+            result = run(*command, out)
+            assert result.exit_code == 2
+            assert result.stderr == f"Error: {path}: Is a directory; a file belongs there: move or remove the folder\n"
