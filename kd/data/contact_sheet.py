@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from hover_batch.errors import InputError
+from hover_batch.files import write_atomically
 from hover_batch.taxonomy import Taxonomy
 from kd.data.samples import Sample
 from kd.panels import UNTYPED, outlined
@@ -73,7 +74,7 @@ class ContactSheet:
         encoded = io.BytesIO()
         Image.fromarray(sheet).save(encoded, "png", pnginfo=header)
         try:
-            path.write_bytes(encoded.getvalue())
+            write_atomically(path, encoded.getvalue())
         except OSError as error:
             raise InputError(f"--sheet {path}: cannot be written ({error.strerror}); give another file") from error
 
