@@ -18,7 +18,7 @@ from hover_batch.cohort.events import stream_events
 from hover_batch.cohort.layout import RunLayout
 from hover_batch.errors import SlideError
 from hover_batch.slide.example import write_pyramidal_tiff
-from hover_batch.slide.survey import read_info
+from hover_batch.slide.survey import read_info, read_tissue
 
 ODD: tuple[Any, ...] = (None, "text", "", True, -1, 10**400, ["text", None], {"a": []}, [[1]], [], {})
 QUALITY = {"h_od": 0.4, "e_od": 0.2, "seg_score": 0.9, "type_prob": 0.9, "sharpness": [2.0], "chroma": 80, "dark": 0.8}
@@ -119,15 +119,29 @@ def test_segment_makes_an_altered_slide_json_again(tmp_path: Path) -> None:
     assert result.exit_code == 2 and f"{path}: was edited: its summary lacks the number" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["status", "report", "cohort"])
+@pytest.mark.parametrize("changes", [{"command": 7}, {"results_key": None}, {"results_key": {"infer": {}}}])
+def test_an_altered_run_json_is_corrupted(layout: RunLayout, command: str, changes: dict[str, Any]) -> None:
+    original = layout.run_json.read_bytes()
+    layout.run_json.write_text(json.dumps(json.loads(original) | changes))
+    result = run(command, layout.root, *(["-o", layout.root.parent / "data"] if command == "cohort" else []))
+    layout.run_json.write_bytes(original)
+    assert result.exit_code == 2 and "its run.json is corrupted; restore it from a backup" in result.stderr
+
+
 def test_an_altered_survey_json_is_a_fault_of_its_slide(tmp_path: Path) -> None:
     layout = write_run(tmp_path / "out", *write_field(tmp_path, 200), done=["a"])
     path = layout.slide("a").survey_json
-    original = json.loads(path.read_bytes())["slide"]
-    for name in ("level0", "mpp", "bounds"):
-        for odd in ODD[1:]:
-            path.write_text(json.dumps({"slide": original | {name: odd}}))
+    original = json.loads(path.read_bytes())
+    valid = {"bounds": [None], "fingerprint": ["text", ""], "vendor": ["text", ""], "warnings": [[]], "given": [True]}
+    for part, name, read in (
+        *(("slide", name, read_info) for name in ("level0", "mpp", "bounds", "fingerprint", "vendor", "warnings")),
+        *(("tissue", name, read_tissue) for name in original["tissue"]),
+    ):
+        for odd in (odd for odd in ODD if odd not in valid.get(name, ())):
+            path.write_text(json.dumps(original | {part: original[part] | {name: odd}}))
             with pytest.raises(SlideError, match="cannot be read .*run the slide again"):
-                read_info(path)
+                read(path)
 
 
 def test_a_row_that_repeats_the_pixel_size_of_the_file_keeps_its_results(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
     if content is None:
         return None
     run = json_object(content)
-    if run is None:
+    if run is None or not _is_as_written(run):
         raise InputError(
             f"{_named(layout, flag)}: its run.json is corrupted; restore it from a backup, or run the cohort into "
             "another folder"
@@ -50,6 +50,15 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
     if run.get("format") != RUN_FORMAT:
         raise InputError(f"{_named(layout, flag)}: its run.json was written by another program; name another folder")
     return run
+
+
+def _is_as_written(run: Mapping[str, Any]) -> bool:
+    """Whether the values of a run.json that commands compute with have the types that `segment` writes."""
+    try:
+        batch = run["results_key"]["infer"]["batch"] if "results_key" in run else 1
+    except (KeyError, TypeError):
+        return False
+    return type(batch) is int and isinstance(run.get("command", []), list)
 
 
 def require_run(layout: RunLayout, flag: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ With it and the prediction store, tables can be made again without the slide.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -50,13 +51,15 @@ def read_info(path: Path) -> SlideInfo:
     """
     with _content_of(path) as content:
         values = content["slide"]
-        bounds = values["bounds"]
+        bounds, magnification = values["bounds"], values["magnification"]
         converted = {
             "level0": Size(**{name: int(value) for name, value in values["level0"].items()}),
             "mpp": Mpp(**{name: float(value) for name, value in values["mpp"].items()}),
             "bounds": None if bounds is None else Box(**{name: int(value) for name, value in bounds.items()}),
             "downsamples": tuple(map(float, values["downsamples"])),
-            "warnings": tuple(values["warnings"]),
+            "magnification": None if magnification is None else float(magnification),
+            "warnings": tuple(_typed(warning, str) for warning in _typed(values["warnings"], list)),
+            **{name: _typed(values[name], str) for name in ("mpp_source", "vendor", "fingerprint")},
         }
         return SlideInfo(**{**values, **converted})
 
@@ -69,9 +72,21 @@ def read_tissue(path: Path) -> TissueMask:
     with _content_of(path) as content:
         values = content["tissue"]
         runs = np.array(values["runs"].split(), np.int64)
+        height, width = values["shape"]
+        if runs.sum() != height * width:
+            raise ValueError(f"runs of {runs.sum()} pixels for the shape {height}, {width}")
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-        x, y = values["level0_per_pixel"]
-        return TissueMask(flat.reshape(values["shape"]), (x, y), values["given"])
+        x, y = map(float, values["level0_per_pixel"])
+        if not (0 < x < math.inf and 0 < y < math.inf):
+            raise ValueError(f"level0_per_pixel {x}, {y}")
+        return TissueMask(flat.reshape(height, width), (x, y), _typed(values["given"], bool))
+
+
+def _typed(value: Any, kind: type) -> Any:
+    """Return a value of the type `kind`; TypeError for others."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.40} instead of {kind.__name__}")
+    return value
 
 
 @contextmanager
