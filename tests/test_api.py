@@ -128,8 +128,9 @@ def test_invalid_arguments_are_refused(tmp_path: Path, model: hover_batch.Model)
         hover_batch.segment_slide(tmp_path / "none.svs", tmp_path / "out", backend="local")
     with pytest.raises(InputError, match="setting bach is not known; known are .*batch"):
         hover_batch.segment_slide(picture, tmp_path / "out", mpp=0.25, bach=3)
-    with pytest.raises(PackageError, match="no such package"):
-        hover_batch.segment_slide(picture, tmp_path / "out", mpp=0.25, model="nobodys", backend="local")
+    for name, message in (("nobodys", "no such package"), (" ", "--model: is empty; give the name or path")):
+        with pytest.raises(PackageError, match=message):
+            hover_batch.segment_slide(picture, tmp_path / "out", mpp=0.25, model=name, backend="local")
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     with pytest.raises(SlideError, match="broken"):
         hover_batch.segment_slide(tmp_path / "broken.svs", tmp_path / "other", backend="local")

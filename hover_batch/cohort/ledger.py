@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import tomli_w
 
-from hover_batch.cohort.csv_rows import COLUMNS, RUN_COLUMNS
+from hover_batch.cohort.csv_rows import COLUMNS, MPP_COLUMNS, RUN_COLUMNS
 from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import Cohort
@@ -356,8 +356,10 @@ class Ledger:
                 status = "estimated"
             elif record.slide_id in self._done or nuclei_if_done(slide) is not None:
                 status = "done"
+            sizes = (record.mpp.x, record.mpp.y) if record.mpp else (None, None)
             cells = {
                 **record.extra,
+                **dict(zip(MPP_COLUMNS, sizes, strict=True)),
                 "path": record.path,
                 "slide_id": record.slide_id,
                 "mpp": record.mpp.x if record.mpp and record.mpp.x == record.mpp.y else None,

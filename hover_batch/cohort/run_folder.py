@@ -225,9 +225,13 @@ def _is_well_formed(stored: Mapping[str, Any]) -> bool:
         return False
     counts = [summary.get(name) for name in _COUNTS if summary]
     numbers = [value for name, value in summary.items() if name in _NUMBERS or name.startswith("seconds_")]
+    hashes = [stored.get(name, "") for name in ("run_key", "nuclei_sha256")]
+    ends = [[summary.get(f"{name}_{end}") is None for end in ("low", "high")] for name in ("nuclei", "nuclei_per_mm2")]
     return (
         all(type(count) is int and _is_number(count) for count in (stored.get("nuclei"), *counts))
         and all(number is None or _is_number(number) for number in numbers)
+        and all(isinstance(value, str) for value in hashes)
+        and all(low == high for low, high in ends)
         and all(value is None or isinstance(value, str) or _is_number(value) for value in summary.values())
         and all(_is_number(value) for name, value in quality.items() if name != "sharpness")
         and _are_numbers(quality.get("sharpness", []))

@@ -48,6 +48,8 @@ def find_package(name_or_path: str, option: str = "--model") -> Package:
 
     PackageError if there is no such package, it cannot be read, or it has no valid card.
     """
+    if not name_or_path.strip():
+        raise PackageError(f"{option}: is empty; give the name or path of a model, such as starter")
     path = ASSETS / f"{name_or_path}.safetensors" if name_or_path in INSTALLED else Path(name_or_path)
     try:
         if is_package_name(name_or_path) and not path.exists():

@@ -63,7 +63,8 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
     `folder`: folder with the DICOM instances of one slide.
 
     InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
-    the instances have no pixel spacing, or parts of a concatenation are missing. Other errors of wsidicom propagate.
+    the instances have no pixel spacing, parts of a concatenation are missing, or two instances show the same level and
+    plane. Other errors of wsidicom propagate.
     """
     slides = _slides_in(folder)
     if len(slides) > 1:
@@ -84,6 +85,14 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
                     f"{folder}: holds several slides: {len(wsi.pyramids)} pyramids of one series; give each a folder "
                     "of its own"
                 )
+            for level in wsi.pyramids[0]:
+                instances = level.instances.values()
+                planes = [(z, path) for i in instances for z in i.focal_planes for path in i.optical_paths]
+                if len(set(planes)) < len(planes):  # wsidicom would read one of them
+                    raise SlideError(
+                        f"{folder}: holds {len(instances)} pictures of {level.size.width} × {level.size.height} pixels "
+                        "in the same plane; remove all but one"
+                    )
             yield wsi
 
 

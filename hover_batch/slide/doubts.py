@@ -28,6 +28,8 @@ _MAX_COLOUR_DIFFERENCE = 40
 _MIN_TEXTURE = 5
 """Minimum standard deviation of the blocks (0 to 255), without which there is nothing to correlate."""
 _MIN_CORRELATION = 0.5
+_CLEARLY = 0.05
+"""Difference of correlations from which a mirrored level is clearly more alike."""
 
 
 def doubts_of_levels(reader: SlideReader) -> list[str]:
@@ -85,19 +87,34 @@ def _textured(picture: NDArray[np.uint8]) -> list[tuple[float, float]]:
 
 
 def _differ(reader: SlideReader, x: float, y: float, fine: float, coarse: float) -> bool:
-    """Return whether two levels, given by their downsamples, differ around the level-0 position (x, y)."""
+    """Return whether two levels, given by their downsamples, differ around the level-0 position (x, y).
+
+    They also differ if the coarser one, mirrored, is much more alike: near the middle, a mirrored picture is hardly
+    displaced.
+    """
     half = _BLOCKS / 2 * max(_MIN_BLOCK * fine, 4 * coarse)  # in level-0 pixels
+    width, height = reader.info.level0.width, reader.info.level0.height
     first, second = (_blocks(reader, x - half, y - half, 2 * half, scale) for scale in (fine, coarse))
     if first.shape != second.shape or not first.size:
         return False
-    means = first.mean(axis=(0, 1)), second.mean(axis=(0, 1))
-    if np.abs(means[0] - means[1]).max() > _MAX_COLOUR_DIFFERENCE:
+    if np.abs(first.mean(axis=(0, 1)) - second.mean(axis=(0, 1))).max() > _MAX_COLOUR_DIFFERENCE:
         return True
-    texture = first - means[0], second - means[1]
-    spread = [float(np.sqrt((part**2).mean())) for part in texture]
-    if spread[0] < _MIN_TEXTURE:
+    if np.sqrt(first.var(axis=(0, 1)).mean()) < _MIN_TEXTURE:
         return False
-    return float((texture[0] * texture[1]).mean()) < _MIN_CORRELATION * spread[0] * max(spread[1], 1e-9)
+    alike = _correlation(first, second)
+    mirrored = [
+        _correlation(first, _blocks(reader, left - half, top - half, 2 * half, coarse)[::down, ::across])
+        for left, top, down, across in ((width - x, y, 1, -1), (x, height - y, -1, 1), (width - x, height - y, -1, -1))
+    ]
+    return alike < _MIN_CORRELATION or max(mirrored) > alike + _CLEARLY
+
+
+def _correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    """Return the correlation of two pictures (row, column, 3), each without its mean colour; 0 if their sizes differ."""
+    if first.shape != second.shape:
+        return 0.0
+    a, b = (part - part.mean(axis=(0, 1)) for part in (first, second))
+    return float((a * b).mean() / max(np.sqrt((a**2).mean() * (b**2).mean()), 1e-9))
 
 
 def _blocks(reader: SlideReader, left: float, top: float, side: float, scale: float) -> NDArray[np.float32]:

@@ -275,16 +275,14 @@ def open_picture(path: Path) -> Image.Image:
     picture = _with_plugin(path)
     width, height = picture.size
     orientation = exif_orientation(picture)
-    # Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.
-    is_16_bit = any(";16" in str(tile) for tile in picture.tile)
     fault = None
     if width * height > MAX_PICTURE_PIXELS:
         fault = SlideError(
             f"{path}: a plain picture of {width} × {height} pixels would have to be held in memory as a whole; "
             "convert it to a pyramidal tiled TIFF"
         )
-    elif is_16_bit or picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
-        kind = "16 bits a channel" if is_16_bit else f"type {picture.mode}"
+    elif is_16_bit(picture) or picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"):
+        kind = "16 bits a channel" if is_16_bit(picture) else f"type {picture.mode}"
         fault = SlideError(f"{path}: pixels of {kind}; 8-bit grey or colour is needed")
     elif orientation != 1:
         fault = orientation_error(path, orientation)
@@ -305,6 +303,14 @@ def _with_plugin(path: Path) -> ImageFile.ImageFile:
         f"{path}: cannot be read: OpenSlide, tifffile and Pillow do not support its format; convert it to an OME-TIFF "
         "with 8-bit RGB pixels, for example with QuPath or bfconvert"
     )
+
+
+def is_16_bit(picture: ImageFile.ImageFile) -> bool:
+    """Return whether a picture has 16 bits a channel.
+
+    Pillow opens colour of 16 bits as 8 bits and keeps only the high byte, which makes 12-bit pictures black.
+    """
+    return any(";16" in str(tile) for tile in picture.tile)
 
 
 def exif_orientation(picture: Image.Image) -> int:

@@ -18,7 +18,7 @@ from PIL import PngImagePlugin
 from hover_batch.errors import InputError
 from hover_batch.geojson import polygons_of, read_features
 from hover_batch.geometry import Box, Size, qupath_origin
-from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands, exif_orientation
+from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands, exif_orientation, is_16_bit
 
 MAX_MASK_SIDE = 8192
 """Maximum length in pixels of the sides of a mask: 67 MB, and 3 µm a pixel on a slide 25 mm wide."""
@@ -264,6 +264,11 @@ def _read_png(path: Path) -> NDArray[np.bool_]:
                 raise InputError(
                     f"{path}: the tag Orientation is {turn}, so that programs turn or flip the mask; save it as it "
                     "lies on the slide, without this tag"
+                )
+            if is_16_bit(picture) and picture.mode != "I;16":
+                raise InputError(
+                    f"{path}: a mask of 16 bits a channel in colour or with transparency, of which the low bytes would "
+                    "be lost; save it as a grey PNG"
                 )
             is_palette = picture.mode == "P"
             has_alpha = picture.mode in ("LA", "RGBA") or is_palette

@@ -26,6 +26,7 @@ from hover_batch.slide.formats import (
     picture_header,
 )
 from hover_batch.slide.pixel_size import warnings_of
+from hover_batch.slide.tiff_checks import several_pictures
 
 Kind = Literal["openslide", "ome-tiff", "dicom", "picture"]
 _SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide")
@@ -33,6 +34,10 @@ _SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide
 
 _ASPECT_TOLERANCE = 0.02
 """Fraction by which the aspect ratio of a level may differ from the slide's; two pixels are allowed in any case."""
+_NEXT_LEVEL = 1.2
+"""Ratio to the full size below which a level is no reduced picture."""
+_PADDING = 0.1
+"""Fraction of a level's size below which a deviation may be padding; larger ones belong to unusual ratios, as 2.5."""
 
 LARGE_PICTURE_PIXELS = 100_000_000
 """Size from which plain pictures give a warning, since they take 0.7 GB of memory to open."""
@@ -97,6 +102,9 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         content_hash = fingerprint(record.file, None if record.mpp == file_mpp else record.mpp)
     level0 = header.levels[0]
     ratios = tuple(level_ratios(level0, size) for size in header.levels)
+    full_size = sum(max(x, y) < _NEXT_LEVEL for x, y in ratios)
+    if full_size > 1:  # OpenSlide takes pictures of one size in a scanner's file for levels, and the last one is read
+        raise several_pictures(record.file, full_size)
     magnification = record.magnification if record.magnification is not None else header.magnification
     warnings = [*header.warnings, *warnings_of(mpp, file_mpp, magnification)]
     warnings += [
@@ -105,6 +113,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         for size, (x, y) in zip(header.levels, ratios, strict=True)
         if abs(x / y - 1) > _ASPECT_TOLERANCE and abs(x - y) * min(size.width, size.height) > 2 * max(x, y)
     ]
+    warnings += [doubt for size in header.levels[1:] if (doubt := _doubt_of_size(level0, size))]
     if header.vendor == "picture" and level0.pixels >= LARGE_PICTURE_PIXELS:
         open_gb, decoding_gb = (level0.pixels * pixel_bytes / 1e9 for pixel_bytes in PICTURE_BYTES)
         warnings.append(
@@ -121,6 +130,20 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
         magnification=magnification,
         fingerprint=content_hash,
         warnings=tuple(warnings),
+    )
+
+
+def _doubt_of_size(level0: Size, level: Size) -> str:
+    """Return a warning if a level is a little larger or smaller than a whole fraction of the slide, as with padding."""
+    ratio = (level0.width / level.width + level0.height / level.height) / 2
+    expected = [extent / round(ratio) for extent in (level0.width, level0.height)]
+    off = max(abs(expected[0] - level.width), abs(expected[1] - level.height))
+    if off <= 2 or abs(ratio / round(ratio) - 1) > _PADDING:  # halving again and again rounds by up to two pixels
+        return ""
+    return (
+        f"its level of {level.width} × {level.height} pixels is not 1/{round(ratio)} of the full size "
+        f"({expected[0]:.0f} × {expected[1]:.0f}); if it is padded or cut, nuclei or tissue are displaced: save the "
+        "slide again with levels of the right size"
     )
 
 

@@ -99,7 +99,7 @@ def check_ome(path: Path, images: Sequence[tifffile.TiffPageSeries], largest: ti
     keyframe = largest.keyframe
     large = [image for image in images if 2 * _area(image.keyframe) > _area(keyframe)]
     if len(large) > 1:
-        raise _several(path, len(large))
+        raise several_pictures(path, len(large))
     # tifffile converts the colours of JPEG only.
     if keyframe.photometric not in _RGB_OR_GREY and keyframe.compression != tifffile.COMPRESSION.JPEG:
         raise _colour_error(path, keyframe)
@@ -142,7 +142,7 @@ def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[in
         _check_complete(path, page)
 
 
-def _colour_error(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> SlideError:
+def _colour_error(path: Path, page: tifffile.TiffPage) -> SlideError:
     kind = getattr(page.photometric, "name", page.photometric)
     return SlideError(f"{path}: a TIFF with colours of type {kind}; save it as RGB")
 
@@ -202,10 +202,11 @@ def _check_plain(path: Path, tiff: tifffile.TiffFile) -> None:
         if _area(page) > _area(first) or (2 * _area(page) > _area(first) and not page.subfiletype & (_REDUCED | _MASK))
     ]
     if large:
-        raise _several(path, 1 + len(large))
+        raise several_pictures(path, 1 + len(large))
 
 
-def _several(path: Path, number: int) -> SlideError:
+def several_pictures(path: Path, number: int) -> SlideError:
+    """Return the SlideError to raise for a slide at `path` with `number` full-size pictures, of which one is read."""
     return SlideError(f"{path}: holds {number} full-size pictures; save each as a file of its own")
 
 

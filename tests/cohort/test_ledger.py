@@ -138,6 +138,14 @@ def test_sizes_along_x_and_y_stay_in_slides_csv(layout: RunLayout, cohort: Cohor
     assert [record.mpp for record in read_cohort(layout.slides_csv).records] == expected
 
 
+def test_decimal_commas_of_sizes_along_x_and_y_can_be_read_again(layout: RunLayout, tmp_path: Path) -> None:
+    for name in ("a.svs", "b.svs"):
+        (tmp_path / name).touch()
+    (tmp_path / "xy.csv").write_text("path;mpp_x;mpp_y\na.svs;0,25;0,5\nb.svs;;\n")
+    run_once(layout, read_cohort(tmp_path / "xy.csv"))
+    assert [record.mpp for record in read_slides(layout) or ()] == [Mpp(0.25, 0.5), None]
+
+
 def test_without_failures_the_table_of_the_last_time_is_emptied(layout: RunLayout, cohort: Cohort) -> None:
     with Ledger(layout) as ledger:
         start(ledger, cohort)

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
@@ -208,6 +209,14 @@ def as_tiff(folder: Path, kind: str, array: np.ndarray) -> None:
     table.write_text(table.read_text().replace(f"x_{kind}.png", f"x_{kind}.tif"))
 
 
+def image_tiff(folder, **how):
+    """The image in a TIFF that OpenCV reads as black, or of which it reads one channel."""
+    how = {"photometric": "rgb"} | how
+    tifffile.imwrite(folder / "x.tif", cv2.imread(str(folder / "x_image.png"))[..., ::-1], metadata=None, **how)
+    table = folder / "dataset.csv"
+    table.write_text(table.read_text().replace("x_image.png", "x.tif"))
+
+
 def test_a_folder_with_types_of_known_codes(tmp_path):
     (cut,) = tiles(1, 64)
     (sample,) = recognise(write_folder(tmp_path / "a", {"x": cut})).samples(PANNUKE)
@@ -233,6 +242,11 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
         (
             lambda f: as_tiff(f, "labels", np.full((64, 64), 1.5, np.float32)),
             r"x_labels\.tif: float32 .* but should be",
+        ),
+        (lambda f: image_tiff(f, compression="png"), r"x\.tif: a TIFF with compression PNG; save it as a PNG"),
+        (
+            lambda f: image_tiff(f, photometric="minisblack", planarconfig="contig"),
+            r"x\.tif: grey with 3 samples a pixel; save it as an RGB PNG",
         ),
         (lambda f: as_tiff(f, "labels", np.full((64, 64), -1, np.int16)), r"x_labels\.tif: int16 .* ids from 0 to"),
         (lambda f: as_tiff(f, "types", np.ones((64, 64), np.float32)), r"x_types\.tif: float32 .* but should be"),

@@ -86,6 +86,17 @@ def test_a_level_that_shows_something_else_is_named(
     assert f"level of 1/{factor} of the full size shows something else" in doubt
 
 
+def test_a_level_that_is_turned_around_the_only_textured_row_is_named(tmp_path: Path) -> None:
+    """Its blocks hardly move, so that they are alike; those of the mirrored level are more alike."""
+    random = np.random.default_rng(3)
+    rows = np.repeat(np.repeat(random.integers(60, 240, (12, 50, 3)), 30, 0), 30, 1)
+    picture = np.full((1500, 1500, 3), 240, np.uint8)
+    picture[570:930] = rows + 0 * picture[570:930]
+    assert doubts(tmp_path / "right.tif", picture, reduced(picture, 2)) == []
+    [doubt] = doubts(tmp_path / "flipped.tif", picture, reduced(picture, 2)[::-1].copy())
+    assert "level of 1/2 of the full size shows something else" in doubt
+
+
 @pytest.fixture(scope="module")
 def two_pieces(field: Picture, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Slide of 2.6 mm² with tissue in its upper left and lower right quarters, on glass."""

@@ -95,6 +95,28 @@ def test_levels_of_another_aspect_are_warned_of(tmp_path: Path) -> None:
         assert [warning.startswith("its level of 100 × 150 pixels") for warning in warnings] == [True] * warned
 
 
+@pytest.mark.parametrize(("side", "warned"), [(150, False), (152, False), (160, True), (120, False)])
+def test_a_padded_level_is_warned_of(tmp_path: Path, side: int, warned: bool) -> None:
+    """Its nuclei would be scaled; 120 pixels are two fifths of 300, an unusual ratio, not padding."""
+    path = tmp_path / "slide.tif"
+    with tifffile.TiffWriter(path) as tiff:
+        for kind, page in enumerate((FIELD, np.resize(FIELD, (side, side, 3)))):
+            tiff.write(page, photometric="rgb", subfiletype=kind, metadata=None, **TILES)
+    warnings = peek(record(path, mpp=0.25)).warnings
+    assert [f"{side} × {side} pixels is not 1/2 of the full size (150 × 150)" in w for w in warnings] == [True] * warned
+
+
+def test_two_pictures_in_a_scanner_file_are_refused(tmp_path: Path) -> None:
+    """OpenSlide would take them for levels, of which the last one was read."""
+    path = tmp_path / "stack.svs"
+    with tifffile.TiffWriter(path) as tiff:
+        for page in (FIELD, FIELD[:, ::-1].copy()):
+            description = "Aperio Image Library v1\n300x300 |AppMag = 40|MPP = 0.25"
+            tiff.write(page, photometric="rgb", compression="lzw", description=description, metadata=None, **TILES)
+    with pytest.raises(SlideError, match="holds 2 full-size pictures; save each as a file of its own"):
+        peek(record(path))
+
+
 def test_an_ome_tiff_with_channels_in_a_missing_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "part.ome.tif"
     planes = np.moveaxis(FIELD, 2, 0).copy()
@@ -119,12 +141,15 @@ def test_a_deep_level_below_an_8_bit_label_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", [TILES, {"rowsperstrip": 64}], ids=["tiles", "strips"])
 def test_a_tiff_of_several_pictures_is_refused(tmp_path: Path, layout: dict[str, Any]) -> None:
-    """Levels and labels are no such pictures, but larger ones are, since the first gives the pixel size."""
+    """Levels and labels are no such pictures, but larger ones are, since the first gives the pixel size.
+
+    OpenSlide would take tiles of the same size, marked as reduced, for a level, and read the last one.
+    """
     path = tmp_path / "stack.tif"
     for subfiletype, size, refused in (
         (0, 300, True),
         (2, 300, True),
-        (1, 300, False),
+        (1, 300, layout is TILES),
         (0, 150, False),
         (1, 600, True),
     ):

@@ -30,6 +30,10 @@ INTERPOLATED_IDS = 10
 LARGEST_AREA = 128**2
 """Area in pixels, 1024 µm², above which an instance that covers most of its image is no nucleus."""
 
+_OPENCV_COMPRESSIONS = (1, 5, 7, 8, 32773, 32946)
+"""None, LZW, JPEG, deflate and PackBits in TIFFs; OpenCV reads some others as black, such as JPEG 2000."""
+_GREY = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
+
 # OpenCV would print its messages on stderr, beside the error that names the file.
 cv2.setLogLevel(0)
 
@@ -151,20 +155,10 @@ def _read(path: Path, flags: int) -> NDArray[Any]:
 
     Raises InputError if they cannot be read as stored.
     """
-    # OpenCV always rotates a TIFF according to its tag, even with IGNORE_ORIENTATION.
-    if path.suffix.lower() in (".tif", ".tiff"):
-        pages, orientation = _tiff_pages(path)
-        if orientation != UPRIGHT:
-            raise InputError(
-                f"{path}: a TIFF with the orientation tag {orientation}; save its stored pixels as a PNG without "
-                "rotation"
-            )
-        if pages > 1:  # OpenCV would read the first
-            raise InputError(
-                f"{path}: a TIFF of {pages} pages, such as channels or a stack; save the right one, or an image in "
-                "colour, as a PNG"
-            )
-    pixels = _tiff_pixels(path) if flags == cv2.IMREAD_UNCHANGED else None
+    is_unchanged = flags == cv2.IMREAD_UNCHANGED
+    if path.suffix.lower() in (".tif", ".tiff") and (fault := _fault_of_tiff(path, is_unchanged)):
+        raise InputError(f"{path}: {fault}")
+    pixels = _tiff_pixels(path) if is_unchanged else None
     try:
         # imread prints a warning of its own for a missing file, and fills up a truncated JPEG with grey.
         if pixels is None and path.is_file():  # a pipe would never end
@@ -190,15 +184,30 @@ def _tiff_pixels(path: Path) -> NDArray[Any] | None:
         return None
 
 
-def _tiff_pages(path: Path) -> tuple[int, int]:
-    """Return the number of pages, and the orientation tag of the first; 1 and UPRIGHT if the file is not a TIFF.
+def _fault_of_tiff(path: Path, is_unchanged: bool) -> str:
+    """Return why a TIFF would be misread, and the remedy; "" if it would not, or cannot be read at all.
 
-    Thumbnails and lower resolutions do not count. The orientation is UPRIGHT if there is no tag.
+    Thumbnails and lower resolutions do not count as pages. `is_unchanged`: whether `_tiff_pixels` reads the pixels, not
+    OpenCV.
     """
     try:
         with tifffile.TiffFile(path) as file:
-            tag = file.pages.first.tags.get("Orientation")
+            first = file.pages.first
+            tag = first.tags.get("Orientation")
             pages = sum(not getattr(page, "is_reduced", False) for page in file.pages)
     except (OSError, tifffile.TiffFileError):
-        return 1, UPRIGHT
-    return pages, UPRIGHT if tag is None else int(tag.value)
+        return ""
+    if tag is not None and tag.value != UPRIGHT:  # OpenCV always rotates it, even with IGNORE_ORIENTATION
+        return f"a TIFF with the orientation tag {tag.value}; save its stored pixels as a PNG without rotation"
+    if pages > 1:  # OpenCV would read the first
+        return (
+            f"a TIFF of {pages} pages, such as channels or a stack; save the right one, or an image in colour, as a PNG"
+        )
+    if is_unchanged:
+        return ""
+    if first.compression not in _OPENCV_COMPRESSIONS:
+        kind = getattr(first.compression, "name", first.compression)
+        return f"a TIFF with compression {kind}; save it as a PNG"
+    if first.photometric in _GREY and first.samplesperpixel > 1:
+        return f"grey with {first.samplesperpixel} samples a pixel; save it as an RGB PNG"
+    return ""
