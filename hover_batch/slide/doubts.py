@@ -110,7 +110,7 @@ def _differ(reader: SlideReader, x: float, y: float, fine: float, coarse: float)
 
 
 def _correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
-    """Return the correlation of two pictures (row, column, 3), each without its mean colour; 0 if their sizes differ."""
+    """Return the correlation of two pictures (row, column, 3), without their mean colours; 0 if their sizes differ."""
     if first.shape != second.shape:
         return 0.0
     a, b = (part - part.mean(axis=(0, 1)) for part in (first, second))
