@@ -104,4 +104,5 @@ def _reasons() -> Iterator[None]:
         RecursionError,
         shapely.errors.ShapelyError,
     ) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        lacking = "lacks " if isinstance(error, KeyError) else ""
+        raise ValueError(lacking + " ".join(str(error).split())) from error

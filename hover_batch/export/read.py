@@ -232,6 +232,8 @@ def unreadable(path: Path, error: Exception) -> SlideError:
 
     `error`: the reason, for the message.
     """
+    if isinstance(error, FileNotFoundError):
+        return SlideError(f"{path}: is missing; repeat the segment command")
     return SlideError(
         f"{path}: cannot be read as a table of nuclei ({error}); remove it and repeat the segment command"
     )

@@ -338,7 +338,8 @@ def test_a_harmed_table_leaves_the_earlier_export(nuclei: NucleiTable, tmp_path:
 def test_what_is_no_table_is_refused(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "nuclei.parquet").write_bytes(content)
-    with pytest.raises(SlideError, match=r"nuclei\.parquet: cannot be read as a table of nuclei"):
+    fault = "is missing" if content is None else "cannot be read as a table of nuclei"
+    with pytest.raises(SlideError, match=rf"nuclei\.parquet: {fault}"):
         NucleiTable.open(tmp_path / "nuclei.parquet")
 
 
