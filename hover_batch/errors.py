@@ -25,8 +25,8 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 STORAGE_FAILED = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EFBIG, errno.ETIMEDOUT, errno.EREMOTEIO)
 """Error numbers of a disk or network file system that failed or refuses to write; `write` does not name the file."""
 UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-"""Error numbers of paths that no file can have, or where a folder is in the place of a file or the reverse; the command
-or the folder must change."""
+"""Error numbers of paths that no file can have, or that lead to a folder where a file is expected, or the reverse. The
+user must correct the command or the folder."""
 LIBRARY = re.compile(r"\S+\.so[.\d]*: ")
 """How the dynamic loader begins its message; ctypes raises it as an OSError without a number."""
 KILLED = re.compile("killed by signal|exited unexpectedly")

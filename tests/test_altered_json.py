@@ -79,7 +79,7 @@ def test_altered_numbers_of_the_summary_are_refused(layout: RunLayout, changes: 
     results = run("report", layout.root), run("cohort", layout.root, "-o", layout.root.parent / "data")
     path.write_bytes(original)
     for result in results:
-        assert result.exit_code == 2 and f"{path}: was edited: its summary lacks the number" in result.stderr
+        assert result.exit_code == 2 and f"{path}: was edited: " in result.stderr
 
 
 def test_a_slide_that_was_renamed_with_its_folder(tmp_path: Path) -> None:
@@ -116,12 +116,12 @@ def test_segment_makes_an_altered_slide_json_again(tmp_path: Path) -> None:
         assert [again[name] for name in kept] == [values[name] for name in kept]
     path.write_text(json.dumps({**values, "summary": values["summary"] | {"n_spindle": "1"}}))
     result = run(*command)
-    assert result.exit_code == 2 and f"{path}: was edited: its summary lacks the number" in result.stderr
+    assert result.exit_code == 2 and f"{path}: was edited: " in result.stderr
 
 
 @pytest.mark.parametrize("command", ["status", "report", "cohort"])
 @pytest.mark.parametrize("changes", [{"command": 7}, {"results_key": None}, {"results_key": {"infer": {}}}])
-def test_an_altered_run_json_is_corrupted(layout: RunLayout, command: str, changes: dict[str, Any]) -> None:
+def test_an_altered_run_json_is_refused(layout: RunLayout, command: str, changes: dict[str, Any]) -> None:
     original = layout.run_json.read_bytes()
     layout.run_json.write_text(json.dumps(json.loads(original) | changes))
     result = run(command, layout.root, *(["-o", layout.root.parent / "data"] if command == "cohort" else []))

@@ -126,9 +126,10 @@ def with_record_columns(row: Row, record: SlideRecord, taxonomy: Taxonomy) -> Ro
 
 
 def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) -> None:
-    """Raise InputError if the summary's row of a finished slide lacks a number that is read, for example after an edit.
+    """Raise InputError if the summary's row of a finished slide lacks a number that commands read, as after an edit.
 
-    The numbers of nuclei of each class must be integers; densities and quartiles must be numbers if there are any.
+    The number of nuclei of each class must be an integer. Densities and quartiles may be missing, but must be numbers
+    otherwise.
 
     `row`: row of the summary in the file `slide_json`. `classes`: classes of nuclei, without the background.
     """
@@ -139,8 +140,8 @@ def refuse_altered(row: Row, classes: Sequence[NucleusClass], slide_json: Path) 
     lacking += [name for name in densities + quartiles if not isinstance(row.get(name, 0.0), int | float)]
     if lacking:
         raise InputError(
-            f"{slide_json}: was edited: its summary lacks the number {lacking[0]}; remove this file and repeat the "
-            "segment command, which makes it again"
+            f"{slide_json}: was edited: {lacking[0]} in its summary is missing or not a valid number; remove this file "
+            "and repeat the segment command, which writes it again"
         )
 
 

@@ -46,7 +46,7 @@ def find_package(name_or_path: str, option: str = "--model") -> Package:
     name of a package in the cache. An existing path takes precedence over a name in the cache. `option`: option or
     argument by which the user named it, for messages.
 
-    PackageError if there is no such package, it cannot be read, or it has no valid card.
+    PackageError if the name is empty, there is no such package, it cannot be read, or it has no valid card.
     """
     if not name_or_path.strip():
         raise PackageError(f"{option}: is empty; give the name or path of a model, such as starter")

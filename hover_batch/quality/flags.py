@@ -118,7 +118,7 @@ class _Slide:
             )
         return (
             f"The outlines are irregular (median solidity {self['solidity']:.2f}). Look at overlay.jpg: if they "
-            "surround groups of nuclei, the pixel size is too small by a factor of 2 or more."
+            "surround groups of nuclei, the pixel size is probably too small, often by a factor of about 4."
         )
 
     @property

@@ -90,8 +90,8 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
                 planes = [(z, path) for i in instances for z in i.focal_planes for path in i.optical_paths]
                 if len(set(planes)) < len(planes):  # wsidicom would read one of them
                     raise SlideError(
-                        f"{folder}: holds {len(instances)} pictures of {level.size.width} × {level.size.height} pixels "
-                        "in the same plane; remove all but one"
+                        f"{folder}: holds several pictures of {level.size.width} × {level.size.height} pixels in the "
+                        "same focal plane; keep one of them in the folder"
                     )
             yield wsi
 

@@ -28,16 +28,17 @@ _MAX_COLOUR_DIFFERENCE = 40
 _MIN_TEXTURE = 5
 """Minimum standard deviation of the blocks (0 to 255), without which there is nothing to correlate."""
 _MIN_CORRELATION = 0.5
-_CLEARLY = 0.05
-"""Difference of correlations from which a mirrored level is clearly more alike."""
+_MIN_GAIN = 0.05
+"""Minimum gain in correlation from which a level counts as mirrored."""
 
 
 def doubts_of_levels(reader: SlideReader) -> list[str]:
     """Return a warning for each level of a slide whose picture differs from that of the next finer level.
 
-    The picture may be shifted, for example. This matters, since nuclei are found in the level nearest to the model's
-    pixel size, and tissue in a coarse level. Levels are compared at three places with much texture, by the mean colours
-    of blocks; they differ if most of these places do. The list is empty if all levels agree or there is only one.
+    The picture may be shifted or mirrored, for example. This matters, since nuclei are found in the level nearest to
+    the model's pixel size, and tissue in a coarse level. Levels are compared at three places with much texture, by the
+    mean colours of blocks; they differ if most of these places do. The list is empty if all levels agree or there is
+    only one.
 
     `reader`: open slide.
 
@@ -89,8 +90,8 @@ def _textured(picture: NDArray[np.uint8]) -> list[tuple[float, float]]:
 def _differ(reader: SlideReader, x: float, y: float, fine: float, coarse: float) -> bool:
     """Return whether two levels, given by their downsamples, differ around the level-0 position (x, y).
 
-    They also differ if the coarser one, mirrored, is much more alike: near the middle, a mirrored picture is hardly
-    displaced.
+    They also differ if the coarser level correlates clearly better when it is mirrored: near the middle, mirroring
+    hardly displaces the picture, so that it correlates in any case.
     """
     half = _BLOCKS / 2 * max(_MIN_BLOCK * fine, 4 * coarse)  # in level-0 pixels
     width, height = reader.info.level0.width, reader.info.level0.height
@@ -106,7 +107,7 @@ def _differ(reader: SlideReader, x: float, y: float, fine: float, coarse: float)
         _correlation(first, _blocks(reader, left - half, top - half, 2 * half, coarse)[::down, ::across])
         for left, top, down, across in ((width - x, y, 1, -1), (x, height - y, -1, 1), (width - x, height - y, -1, -1))
     ]
-    return alike < _MIN_CORRELATION or max(mirrored) > alike + _CLEARLY
+    return alike < _MIN_CORRELATION or max(mirrored) > alike + _MIN_GAIN
 
 
 def _correlation(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:

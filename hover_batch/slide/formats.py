@@ -306,9 +306,9 @@ def _with_plugin(path: Path) -> ImageFile.ImageFile:
 
 
 def is_16_bit(picture: ImageFile.ImageFile) -> bool:
-    """Return whether a picture has 16 bits a channel.
+    """Return whether a picture has 16 bits per channel.
 
-    Pillow opens colour of 16 bits as 8 bits and keeps only the high byte, which makes 12-bit pictures black.
+    Pillow opens 16-bit colour as 8-bit and keeps only the high byte, which makes 12-bit pictures black.
     """
     return any(";16" in str(tile) for tile in picture.tile)
 

@@ -267,8 +267,8 @@ def _read_png(path: Path) -> NDArray[np.bool_]:
                 )
             if is_16_bit(picture) and picture.mode != "I;16":
                 raise InputError(
-                    f"{path}: a mask of 16 bits a channel in colour or with transparency, of which the low bytes would "
-                    "be lost; save it as a grey PNG"
+                    f"{path}: a mask in colour or with transparency and 16 bits per channel, whose low bytes would be "
+                    "lost; save it as a grey PNG"
                 )
             is_palette = picture.mode == "P"
             has_alpha = picture.mode in ("LA", "RGBA") or is_palette

@@ -35,9 +35,9 @@ _SCANNERS = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide
 _ASPECT_TOLERANCE = 0.02
 """Fraction by which the aspect ratio of a level may differ from the slide's; two pixels are allowed in any case."""
 _NEXT_LEVEL = 1.2
-"""Ratio to the full size below which a level is no reduced picture."""
+"""Ratio of the full size to a level's size below which the level counts as another full-size picture."""
 _PADDING = 0.1
-"""Fraction of a level's size below which a deviation may be padding; larger ones belong to unusual ratios, as 2.5."""
+"""Relative deviation from a whole ratio up to which a level may be padded; beyond it, the ratio is unusual, as 2.5."""
 
 LARGE_PICTURE_PIXELS = 100_000_000
 """Size from which plain pictures give a warning, since they take 0.7 GB of memory to open."""
@@ -76,7 +76,7 @@ def peek(record: SlideRecord) -> SlideInfo:
     `record`: row of the slide in the cohort.
 
     InputError if the pixel size is unknown, or a DICOM folder holds several slides. SlideError if the slide cannot be
-    read or its format is not supported.
+    read, its format is not supported, or it has several full-size pictures.
     """
     return describe(record, read_header(record.file, kind_of(record.file)))
 
@@ -88,7 +88,8 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
 
     `record`: row of the slide in the cohort. `header`: header of the slide, from `read_header`.
 
-    InputError if neither gives a usable pixel size, SlideError if the slide cannot be read for its fingerprint.
+    InputError if neither gives a usable pixel size. SlideError if the slide has several full-size pictures or cannot
+    be read for its fingerprint.
     """
     file_mpp = header.size.mpp
     mpp = record.mpp or file_mpp
@@ -103,7 +104,7 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
     level0 = header.levels[0]
     ratios = tuple(level_ratios(level0, size) for size in header.levels)
     full_size = sum(max(x, y) < _NEXT_LEVEL for x, y in ratios)
-    if full_size > 1:  # OpenSlide takes pictures of one size in a scanner's file for levels, and the last one is read
+    if full_size > 1:  # OpenSlide treats pictures of the same size as levels, and would read the last one
         raise several_pictures(record.file, full_size)
     magnification = record.magnification if record.magnification is not None else header.magnification
     warnings = [*header.warnings, *warnings_of(mpp, file_mpp, magnification)]
@@ -134,15 +135,15 @@ def describe(record: SlideRecord, header: Header) -> SlideInfo:
 
 
 def _doubt_of_size(level0: Size, level: Size) -> str:
-    """Return a warning if a level is a little larger or smaller than a whole fraction of the slide, as with padding."""
+    """Return a warning if a level is slightly larger or smaller than 1/n of the slide, as with padding; else ""."""
     ratio = (level0.width / level.width + level0.height / level.height) / 2
     expected = [extent / round(ratio) for extent in (level0.width, level0.height)]
     off = max(abs(expected[0] - level.width), abs(expected[1] - level.height))
-    if off <= 2 or abs(ratio / round(ratio) - 1) > _PADDING:  # halving again and again rounds by up to two pixels
+    if off <= 2 or abs(ratio / round(ratio) - 1) > _PADDING:  # repeated halving rounds by up to two pixels
         return ""
     return (
-        f"its level of {level.width} × {level.height} pixels is not 1/{round(ratio)} of the full size "
-        f"({expected[0]:.0f} × {expected[1]:.0f}); if it is padded or cut, nuclei or tissue are displaced: save the "
+        f"its level of {level.width} × {level.height} pixels should have {expected[0]:.0f} × {expected[1]:.0f}, "
+        f"1/{round(ratio)} of the full size; if it is padded or cropped, nuclei or tissue are displaced: save the "
         "slide again with levels of the right size"
     )
 

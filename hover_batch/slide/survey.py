@@ -74,16 +74,16 @@ def read_tissue(path: Path) -> TissueMask:
         runs = np.array(values["runs"].split(), np.int64)
         height, width = values["shape"]
         if runs.sum() != height * width:
-            raise ValueError(f"runs of {runs.sum()} pixels for the shape {height}, {width}")
+            raise ValueError(f"the runs have {runs.sum()} pixels, but the shape is {height} × {width}")
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         x, y = map(float, values["level0_per_pixel"])
         if not (0 < x < math.inf and 0 < y < math.inf):
-            raise ValueError(f"level0_per_pixel {x}, {y}")
+            raise ValueError(f"level0_per_pixel {x}, {y}: must be positive and finite")
         return TissueMask(flat.reshape(height, width), (x, y), _typed(values["given"], bool))
 
 
 def _typed(value: Any, kind: type) -> Any:
-    """Return a value of the type `kind`; TypeError for others."""
+    """Return `value`. TypeError if it is not of the type `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{value!r:.40} instead of {kind.__name__}")
     return value

@@ -111,7 +111,7 @@ def check_ome(path: Path, images: Sequence[tifffile.TiffPageSeries], largest: ti
 
 
 def _check_pages(path: Path, tiff: tifffile.TiffFile, compressions: frozenset[int]) -> None:
-    """Raise SlideError for pages that are truncated, turned, compressed in another way, or not of 8 unsigned bits.
+    """Raise SlideError for pages that are truncated, turned, in CIELab, of other compressions, or not 8 unsigned bits.
 
     OpenSlide and Pillow keep the high byte of 16 bits, which makes 12-bit pictures black, and read the others as
     unsigned. OpenSlide turns each tile of a turned page on its own, Pillow the whole page.
@@ -206,7 +206,7 @@ def _check_plain(path: Path, tiff: tifffile.TiffFile) -> None:
 
 
 def several_pictures(path: Path, number: int) -> SlideError:
-    """Return the SlideError to raise for a slide at `path` with `number` full-size pictures, of which one is read."""
+    """Return the SlideError to raise for a slide at `path` with `number` full-size pictures; only one would be read."""
     return SlideError(f"{path}: holds {number} full-size pictures; save each as a file of its own")
 
 

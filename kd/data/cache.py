@@ -73,8 +73,9 @@ def is_cache(path: Path) -> bool:
 class CacheWriter:
     """Writer of a cache, one image at a time. Use `writing`, which creates the writer and calls `finish`.
 
-    `path`: zarr group or .npz file to create, by the suffix of `out`; an existing one is replaced. `out`: path for
-    messages. Raises InputError if the cache cannot be written, for example because the disk is full; so do the methods.
+    `path`: zarr group or .npz file to create; an existing one is replaced. `out`: final path of the cache; its suffix
+    selects the format, and messages name it. Raises InputError if the cache cannot be written, for example because the
+    disk is full; so do the methods.
     """
 
     def __init__(self, path: Path, out: Path) -> None:

@@ -42,7 +42,7 @@ def prepare(
     Raises InputError if `classes` is unknown, `val` or `class_map` applies to none of the folders, the folders have no
     images, a folder or an image cannot be read, a file cannot be written, or `sheet` exists and is not a contact sheet.
     `out` is then unchanged, unless only the contact sheet could not be written. Raises OSError if `sheet` cannot be
-    read, or the folder of `out` cannot be opened or does not take the complete cache.
+    read, the folder of `out` cannot be opened, or the complete cache cannot be moved to `out`.
     """
     lowered = {name.lower(): value.lower() for name, value in class_map.items()}
     layouts = [recognise(folder, val, lowered) for folder in folders]

@@ -201,7 +201,7 @@ def write_tables(made: Sequence[Table], out: Path) -> None:
     In file names, / and % of a source are written as %2F and %25.
 
     The CSV files have numbers with eight significant digits, and an additional column for each standard deviation.
-    Existing files are replaced, each in one step.
+    Each existing file is replaced atomically.
 
     `made`: result of `tables`. Raises OSError if a file cannot be written.
     """

@@ -210,7 +210,7 @@ def as_tiff(folder: Path, kind: str, array: np.ndarray) -> None:
 
 
 def image_tiff(folder, **how):
-    """The image in a TIFF that OpenCV reads as black, or of which it reads one channel."""
+    """Replace the image by a TIFF that OpenCV reads as black, or of which it reads only one channel."""
     how = {"photometric": "rgb"} | how
     tifffile.imwrite(folder / "x.tif", cv2.imread(str(folder / "x_image.png"))[..., ::-1], metadata=None, **how)
     table = folder / "dataset.csv"
@@ -246,7 +246,7 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
         (lambda f: image_tiff(f, compression="png"), r"x\.tif: a TIFF with compression PNG; save it as a PNG"),
         (
             lambda f: image_tiff(f, photometric="minisblack", planarconfig="contig"),
-            r"x\.tif: grey with 3 samples a pixel; save it as an RGB PNG",
+            r"x\.tif: a grey TIFF with 3 samples per pixel; save it as an RGB PNG",
         ),
         (lambda f: as_tiff(f, "labels", np.full((64, 64), -1, np.int16)), r"x_labels\.tif: int16 .* ids from 0 to"),
         (lambda f: as_tiff(f, "types", np.ones((64, 64), np.float32)), r"x_types\.tif: float32 .* but should be"),

@@ -105,7 +105,7 @@ def test_the_factor_of_the_pixel_size_is_given(area: float, factor: str) -> None
     assert flag.name == "pixel_size" and factor in flag.sentence
 
 
-def test_outlines_of_groups_speak_against_the_pixel_size_without_a_factor() -> None:
+def test_irregular_outlines_flag_the_pixel_size_without_a_factor() -> None:
     [flag] = flag_slides({"a": slide({"solidity_p50": 0.89})})["a"]
     assert "solidity 0.89" in flag.sentence and "groups" in flag.sentence and "would fit" not in flag.sentence
 

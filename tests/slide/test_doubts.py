@@ -86,8 +86,8 @@ def test_a_level_that_shows_something_else_is_named(
     assert f"level of 1/{factor} of the full size shows something else" in doubt
 
 
-def test_a_level_that_is_turned_around_the_only_textured_row_is_named(tmp_path: Path) -> None:
-    """Its blocks hardly move, so that they are alike; those of the mirrored level are more alike."""
+def test_a_level_that_is_flipped_about_its_only_textured_rows_is_named(tmp_path: Path) -> None:
+    """Its blocks hardly move, so they still correlate; they correlate better when the level is flipped back."""
     random = np.random.default_rng(3)
     rows = np.repeat(np.repeat(random.integers(60, 240, (12, 50, 3)), 30, 0), 30, 1)
     picture = np.full((1500, 1500, 3), 240, np.uint8)

@@ -97,17 +97,19 @@ def test_levels_of_another_aspect_are_warned_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("side", "warned"), [(150, False), (152, False), (160, True), (120, False)])
 def test_a_padded_level_is_warned_of(tmp_path: Path, side: int, warned: bool) -> None:
-    """Its nuclei would be scaled; 120 pixels are two fifths of 300, an unusual ratio, not padding."""
+    """Its nuclei would be displaced. 120 pixels are two fifths of 300: an unusual ratio, not padding."""
     path = tmp_path / "slide.tif"
     with tifffile.TiffWriter(path) as tiff:
         for kind, page in enumerate((FIELD, np.resize(FIELD, (side, side, 3)))):
             tiff.write(page, photometric="rgb", subfiletype=kind, metadata=None, **TILES)
     warnings = peek(record(path, mpp=0.25)).warnings
-    assert [f"{side} × {side} pixels is not 1/2 of the full size (150 × 150)" in w for w in warnings] == [True] * warned
+    assert [f"{side} × {side} pixels should have 150 × 150, 1/2 of the full size" in w for w in warnings] == [
+        True
+    ] * warned
 
 
 def test_two_pictures_in_a_scanner_file_are_refused(tmp_path: Path) -> None:
-    """OpenSlide would take them for levels, of which the last one was read."""
+    """OpenSlide treats them as levels, and would read the last one."""
     path = tmp_path / "stack.svs"
     with tifffile.TiffWriter(path) as tiff:
         for page in (FIELD, FIELD[:, ::-1].copy()):
@@ -143,7 +145,7 @@ def test_a_deep_level_below_an_8_bit_label_is_refused(tmp_path: Path) -> None:
 def test_a_tiff_of_several_pictures_is_refused(tmp_path: Path, layout: dict[str, Any]) -> None:
     """Levels and labels are no such pictures, but larger ones are, since the first gives the pixel size.
 
-    OpenSlide would take tiles of the same size, marked as reduced, for a level, and read the last one.
+    OpenSlide treats a tiled picture of the same size that is marked as reduced as a level, and would read it.
     """
     path = tmp_path / "stack.tif"
     for subfiletype, size, refused in (

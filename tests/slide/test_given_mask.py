@@ -120,7 +120,7 @@ def test_a_stretched_png_is_warned_of_without_bounds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_labels_above_255_keep_their_low_bytes_or_are_refused(tmp_path: Path, channels: int) -> None:
+def test_a_16_bit_mask_keeps_small_labels_or_is_refused(tmp_path: Path, channels: int) -> None:
     labels = np.zeros((100, 100), np.uint16)
     labels[20:40], labels[40:60] = 100, 400
     assert cv2.imwrite(str(tmp_path / "mask.png"), labels if channels == 1 else np.dstack([labels] * channels))
@@ -128,7 +128,7 @@ def test_labels_above_255_keep_their_low_bytes_or_are_refused(tmp_path: Path, ch
         mask = given_mask(tmp_path / "mask.png", Size(1000, 1000), None, 10.0)
         assert mask.mean() == pytest.approx(0.4, abs=0.01)
     else:
-        with pytest.raises(InputError, match="16 bits a channel in colour .* save it as a grey PNG"):
+        with pytest.raises(InputError, match="16 bits per channel.* save it as a grey PNG"):
             check_mask(tmp_path / "mask.png")
 
 

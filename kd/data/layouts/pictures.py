@@ -31,7 +31,7 @@ LARGEST_AREA = 128**2
 """Area in pixels, 1024 µm², above which an instance that covers most of its image is no nucleus."""
 
 _OPENCV_COMPRESSIONS = (1, 5, 7, 8, 32773, 32946)
-"""None, LZW, JPEG, deflate and PackBits in TIFFs; OpenCV reads some others as black, such as JPEG 2000."""
+"""TIFF without compression, LZW, JPEG, deflate and PackBits; OpenCV reads some others, such as JPEG 2000, as black."""
 _GREY = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
 
 # OpenCV would print its messages on stderr, beside the error that names the file.
@@ -44,7 +44,8 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Grey images become RGB, and an alpha channel is dropped. Orientation tags are ignored, except in TIFFs.
 
     Raises InputError if the file cannot be read as an image, has more than 8 bits per channel, or is a TIFF with
-    several pages or an orientation tag other than upright.
+    several pages, an orientation tag other than upright, a compression that OpenCV does not decode, or grey with
+    several samples per pixel.
     """
     # Without ANYDEPTH, OpenCV drops the low bits, so that a 12-bit image in 16 bits becomes nearly black.
     image = _read(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -185,7 +186,7 @@ def _tiff_pixels(path: Path) -> NDArray[Any] | None:
 
 
 def _fault_of_tiff(path: Path, is_unchanged: bool) -> str:
-    """Return why a TIFF would be misread, and the remedy; "" if it would not, or cannot be read at all.
+    """Return why a TIFF would be misread, and the remedy; "" if it is read correctly or not at all.
 
     Thumbnails and lower resolutions do not count as pages. `is_unchanged`: whether `_tiff_pixels` reads the pixels, not
     OpenCV.
@@ -209,5 +210,5 @@ def _fault_of_tiff(path: Path, is_unchanged: bool) -> str:
         kind = getattr(first.compression, "name", first.compression)
         return f"a TIFF with compression {kind}; save it as a PNG"
     if first.photometric in _GREY and first.samplesperpixel > 1:
-        return f"grey with {first.samplesperpixel} samples a pixel; save it as an RGB PNG"
+        return f"a grey TIFF with {first.samplesperpixel} samples per pixel; save it as an RGB PNG"
     return ""
