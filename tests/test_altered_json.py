@@ -16,9 +16,12 @@ from typer.testing import CliRunner, Result
 from hover_batch.cli import app
 from hover_batch.cohort.events import stream_events
 from hover_batch.cohort.layout import RunLayout
+from hover_batch.cohort.run_folder import estimate_line, estimate_of
 from hover_batch.errors import SlideError
+from hover_batch.export.summary import cohort_summary, write_summary
 from hover_batch.slide.example import write_pyramidal_tiff
 from hover_batch.slide.survey import read_info, read_tissue
+from hover_batch.taxonomy import CONSEP
 
 ODD: tuple[Any, ...] = (None, "text", "", True, -1, 10**400, ["text", None], {"a": []}, [[1]], [], {})
 QUALITY = {"h_od": 0.4, "e_od": 0.2, "seg_score": 0.9, "type_prob": 0.9, "sharpness": [2.0], "chroma": 80, "dark": 0.8}
@@ -66,6 +69,41 @@ def test_an_altered_slide_json(layout: RunLayout, command: str, every: int) -> N
         result = run(command, layout.root)
         assert isinstance(result.exception, SystemExit | None), text
         assert result.exit_code == 0 or (result.exit_code == 2 and "slide.json: was edited" in result.stderr), text
+
+
+ESTIMATE = {
+    "slide_id": "c",
+    "run_key": "0",
+    "warnings": [],
+    "estimate": {
+        "of": "spindle", "stop_at": 0.1, "clusters": 24, "of_clusters": 64, "tiles": 64, "of_tiles": 64,
+        "densities": {
+            "nuclei": {"per_mm2": 90.0, "low": 80.0, "high": 99.0},
+            "spindle": {"per_mm2": 0.0, "low": 0.0, "high": 0.0},
+        },
+    },
+    "summary": {
+        "slide_id": "c", "level": "slide", "status": "estimated", "slides": 1, "failed": 0, "tissue_mm2": 0.3,
+        "estimated_nuclei_per_mm2": 90.0, "seconds_post": 0.5, "patient_id": None,
+    },
+}  # fmt: skip
+
+
+def test_an_altered_estimate_is_none_or_can_be_shown_and_summed(tmp_path: Path) -> None:
+    layout = write_run(tmp_path / "out", *write_field(tmp_path, 200), done=["a", "c"])
+    slide = layout.slide("c")
+    slide.slide_json.unlink()
+    kept = 0
+    for value in [ESTIMATE, *altered(ESTIMATE)]:
+        slide.estimate_json.write_text(json.dumps(value))
+        if (stored := estimate_of(slide)) is not None:
+            kept += 1
+            assert "spindle per mm² of tissue" in estimate_line(stored["estimate"])
+            rows = [stored["summary"], cohort_summary([stored["summary"]], [], CONSEP)]
+            write_summary(rows, CONSEP, tmp_path / "s.csv", tmp_path / "s.parquet")
+    assert kept > 20
+    slide.estimate_json.write_text(json.dumps(ESTIMATE))
+    assert "estimated from 24 of 64 clusters" in run("status", layout.root).stdout
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from hover_batch.geometry import Mpp
 RUN_FORMAT = "hover-batch run"
 """Value of `format` in run.json, which distinguishes it from files of that name by other programs."""
 _COUNTS = ("nuclei", "slides", "failed")
+_DENSITY = ("per_mm2", "low", "high")
 _MAX_NUMBER = 1e100
+_MAX_COUNT = 1 << 53
 _NUMBERS = (
     "tissue_mm2", "nuclei_per_mm2", "area_um2_p50", "solidity_p50", "nuclei_low", "nuclei_high", "nuclei_per_mm2_low",
     "nuclei_per_mm2_high",
@@ -179,15 +181,7 @@ def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
     stored = read_json(slide.estimate_json)
     if stored is None or stored.get("slide_id") != slide.slide_id or slide.slide_json.exists():
         return None
-    estimate, summary = stored.get("estimate"), stored.get("summary")
-    if not (isinstance(estimate, dict) and isinstance(summary, dict) and isinstance(stored.get("warnings"), list)):
-        return None
-    densities = estimate.get("densities")
-    if not (isinstance(densities, dict) and isinstance(densities.get(estimate.get("of")), dict)):
-        return None
-    numbers = [estimate.get(name) for name in ("stop_at", "clusters", "of_clusters", "tiles", "of_tiles")]
-    numbers += densities[estimate["of"]].values()
-    return stored if all(map(_is_number, numbers)) else None
+    return stored if _is_estimate(stored) else None
 
 
 def why_not_done(slide: SlideLayout) -> str:
@@ -220,25 +214,65 @@ def estimate_line(estimate: Mapping[str, Any]) -> str:
 def _is_well_formed(stored: Mapping[str, Any]) -> bool:
     """Whether the values of a slide.json that commands compute with have the types that `segment` writes."""
     summary, quality, limits = (stored.get(name, {}) for name in ("summary", "quality", "limits"))
-    warnings = stored.get("warnings", [])
     if not all(isinstance(section, dict) for section in (summary, quality, limits)):
         return False
     counts = [summary.get(name) for name in _COUNTS if summary]
-    numbers = [value for name, value in summary.items() if name in _NUMBERS or name.startswith("seconds_")]
-    hashes = [stored.get(name, "") for name in ("run_key", "nuclei_sha256")]
     ends = [[summary.get(f"{name}_{end}") is None for end in ("low", "high")] for name in ("nuclei", "nuclei_per_mm2")]
     return (
-        all(type(count) is int and _is_number(count) for count in (stored.get("nuclei"), *counts))
-        and all(number is None or _is_number(number) for number in numbers)
-        and all(isinstance(value, str) for value in hashes)
+        _are_counts([stored.get("nuclei"), *counts])
+        and summary.get("status", "done") == "done"
+        and _is_row(summary)
         and all(low == high for low, high in ends)
-        and all(value is None or isinstance(value, str) or _is_number(value) for value in summary.values())
         and all(_is_number(value) for name, value in quality.items() if name != "sharpness")
         and _are_numbers(quality.get("sharpness", []))
         and all(_are_numbers(pair) and len(pair) == 2 for pair in limits.values())
-        and isinstance(warnings, list)
-        and all(isinstance(warning, str) for warning in warnings)
+        and _are_texts(stored)
     )
+
+
+def _is_estimate(stored: Mapping[str, Any]) -> bool:
+    """Whether the values of an estimate.json that commands compute with have the types that `segment` writes."""
+    estimate, summary = stored.get("estimate"), stored.get("summary")
+    if not (isinstance(estimate, dict) and isinstance(summary, dict)):
+        return False
+    densities, of = estimate.get("densities"), estimate.get("of")
+    if not (isinstance(densities, dict) and isinstance(of, str) and of in densities):
+        return False
+    if not all(isinstance(density, dict) and set(_DENSITY) <= set(density) for density in densities.values()):
+        return False
+    numbers = [estimate.get(name) for name in ("stop_at", "clusters", "of_clusters", "tiles", "of_tiles")]
+    numbers += [densities[of][name] for name in _DENSITY]
+    return (
+        all(map(_is_number, numbers))
+        and all(value is None or _is_number(value) for density in densities.values() for value in density.values())
+        and summary.get("status") == "estimated"
+        and _are_counts([summary.get("slides"), summary.get("failed")])
+        and _is_row(summary)
+        and isinstance(stored.get("warnings"), list)
+        and _are_texts(stored)
+    )
+
+
+def _is_row(summary: Mapping[str, Any]) -> bool:
+    """Whether the numbers of a summary's row are numbers or missing, and its other values could be those of a CSV."""
+    numbers = [value for name, value in summary.items() if name in _NUMBERS or name.startswith("estimated_")]
+    seconds = [value for name, value in summary.items() if name.startswith("seconds_")]
+    return (
+        all(value is None or _is_number(value) for value in numbers)
+        and all(map(_is_number, seconds))
+        and all(value is None or isinstance(value, str) or _is_number(value) for value in summary.values())
+    )
+
+
+def _are_texts(stored: Mapping[str, Any]) -> bool:
+    """Whether the warnings are a list of texts, and the hashes are texts."""
+    warnings = stored.get("warnings", [])
+    texts = [stored.get(name, "") for name in ("run_key", "nuclei_sha256")]
+    return isinstance(warnings, list) and all(isinstance(text, str) for text in (*warnings, *texts))
+
+
+def _are_counts(values: Sequence[object]) -> bool:
+    return all(type(value) is int and 0 <= value <= _MAX_COUNT for value in values)
 
 
 def _are_numbers(values: object) -> bool:
