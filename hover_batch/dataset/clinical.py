@@ -18,7 +18,9 @@ _ON = "name another column with --on (in Python, the argument `on`)"
 
 _DECIMAL_COMMA = "^[-+]?[0-9]+,[0-9]+$"
 """Numbers as Excel writes them in countries with a decimal comma."""
-_OTHER_NUMBER = "^[-+]?([0-9]+[.][0-9]+|[1-9][0-9]{0,2},[0-9]{3})$"
+_THOUSANDS = "^[-+]?[1-9][0-9]{0,2}([.][0-9]{3})+(,[0-9]+)?$"
+"""Numbers whose points separate thousands, in a table with decimal commas."""
+_OTHER_NUMBER = "^[-+]?([0-9]{4,}[.][0-9]+|0[.][0-9]+|[0-9]+[.]([0-9]{1,2}|[0-9]{4,})|[1-9][0-9]{0,2},[0-9]{3})$"
 """Numbers with a decimal point, and those whose comma may separate thousands: beside them, commas are not decimal."""
 
 _IS_TEXT = "^(0[0-9]+|[0-9]{16,})$"
@@ -30,8 +32,8 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
 
     The values of the column `on` become text without spaces around them. In a CSV, a column with values such as 007, or
     of 16 or more digits, becomes text, too, and empty cells, NA, NaN and #N/A are missing values. If semicolons or tabs
-    separate the cells, numbers may have decimal commas. In a Parquet file, NaN is a missing value. Rows without an id
-    are left out.
+    separate the cells, numbers may have decimal commas, and points that separate thousands. In a Parquet file, NaN is a
+    missing value. Rows without an id are left out.
 
     `connection`: DuckDB connection in which the table is created. `path`: CSV or Parquet file. `on`: column with the
     ids, in the file and in `slides`; in the file, upper and lower case do not matter. `slides`: table of the slides.
@@ -119,6 +121,8 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
     as_text = {*having(_IS_TEXT), column}
     if options["delim"] != text(",") and having(_DECIMAL_COMMA) and not having(_OTHER_NUMBER):
         options["decimal_separator"] = text(",")
+        if having(_THOUSANDS):
+            options["thousands"] = text(".")
     types = ", ".join(f"{text(name)}: 'VARCHAR'" for name in columns if name in as_text)
     return _read_csv(path, options | {"types": f"{{{types}}}"}), column
 

@@ -76,14 +76,20 @@ class Subject:
         """Return the column `name` of the slides or the clinical table as SQL, and the tables that have it.
 
         The tables are what follows FROM, such as `slides` or `slides LEFT JOIN clinical USING ("patient_id")`. A column
-        of the slides takes precedence.
+        that is empty in these slides, such as `group` without groups in the cohort CSV, is not used if the clinical
+        table has it, too.
 
-        InputError if there is no such column.
+        InputError if there is no such column, or both tables have values in it.
         """
         slides = self.dataset.select("FROM slides").columns
-        if name in slides:
-            return f"slides.{identifier(name)}", "slides"
         clinical = self.dataset.select("FROM clinical").columns if self.dataset.on else []
+        in_both = name in slides and name in clinical and name != self.dataset.on
+        if in_both and self._has_values(name):
+            raise InputError(
+                f"--by {name}: is a column of the slides and of the clinical table; rename it in the clinical table"
+            )
+        if name in slides and not in_both:
+            return f"slides.{identifier(name)}", "slides"
         if name in clinical:
             using = identifier(str(self.dataset.on))
             return f"clinical.{identifier(name)}", f"slides LEFT JOIN clinical USING ({using})"
@@ -93,6 +99,11 @@ class Subject:
             + ("" if clinical else "; a column of another table needs --join FILE")
             + suggestion(name, (*slides, *clinical))
         )
+
+    def _has_values(self, name: str) -> bool:
+        """Return whether the column `name` of these slides has a value."""
+        [(count,)] = self.dataset.select(f"SELECT count({identifier(name)}) FROM slides{self.where()}").fetchall()
+        return bool(count)
 
     def where(self, *more: str) -> str:
         """Return the SQL WHERE clause that selects the slides, after a line break; "" if there is no condition.

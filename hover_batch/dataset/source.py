@@ -125,7 +125,8 @@ class RunSource:
         summary = with_record_columns(done.get("summary", {}), record, taxonomy)
         for name, value in (summary | summary_columns(done, self.flags[slide_id])).items():
             is_text = name not in known and not name.startswith(STAGE)
-            while is_text and name.casefold() in FIXED.names:  # SQL ignores upper and lower case
+            taken = {*FIXED.names, *map(str.casefold, row)}  # SQL ignores upper and lower case
+            while is_text and name.casefold() in taken:
                 name = f"extra_{name}"
             row[name] = value
         for name in _SAME_FOR_ALL:

@@ -265,15 +265,16 @@ def _read_png(path: Path) -> NDArray[np.bool_]:
                     f"{path}: the tag Orientation is {turn}, so that programs turn or flip the mask; save it as it "
                     "lies on the slide, without this tag"
                 )
-            if is_16_bit(picture) and picture.mode != "I;16":
+            if is_16_bit(picture) and (picture.mode != "I;16" or "transparency" in picture.info):
                 raise InputError(
                     f"{path}: a mask in colour or with transparency and 16 bits per channel, whose low bytes would be "
                     "lost; save it as a grey PNG"
                 )
             is_palette = picture.mode == "P"
-            has_alpha = picture.mode in ("LA", "RGBA") or is_palette
+            has_key = "transparency" in picture.info  # a transparent colour, or, in a palette, the alpha of each one
+            has_alpha = picture.mode in ("LA", "RGBA") or is_palette or has_key
             mask = np.empty((picture.height, picture.width), bool)
-            for rows, values in bands(picture, "RGBA" if is_palette else None):
+            for rows, values in bands(picture, "RGBA" if is_palette or has_key else None):
                 colours = values if values.ndim == 2 else values[..., : values.shape[2] - has_alpha].any(axis=2)
                 mask[rows] = (colours != 0) & (values[..., -1] != 0) if has_alpha else colours != 0
             if is_palette and any((mask[rows] != (indices != 0)).any() for rows, indices in bands(picture)):

@@ -75,14 +75,14 @@ def test_real_nuclei(data: Path, tmp_path: Path) -> None:
 
 
 def test_the_table_of_slides_has_the_summary_the_csv_and_the_provenance(run: MadeRun, tmp_path: Path) -> None:
-    run.list("a", patient="Ä", site="south", nuclei_files="no file", n_epithelial="text", Run="7")
+    run.list("a", patient="Ä", site="south", nuclei_files="no file", n_epithelial="text", Run="7", extra_run="8")
     add_run(run.layout.root, tmp_path / "dataset", (), silent)
     table = read_slides_table(tmp_path / "dataset")
     rows = {row["slide_id"]: row for row in table.to_pylist()}
     first = rows["a"]
     assert first["patient_id"] == "Ä" and first["site"] == "south" and rows["b"]["site"] == "north"
     assert first["extra_nuclei_files"] == "no file" and first["extra_n_epithelial"] == "text"
-    assert first["extra_Run"] == "7"  # SQL would take Run for run
+    assert first["extra_Run"] == "7" and first["extra_extra_run"] == "8"  # SQL would take Run for run
     assert first["nuclei"] == first["nuclei_rows"] == 700 and first["n_epithelial"] + first["n_spindle"] > 100
     assert first["tissue_mm2"] == pytest.approx(0.0625) and first["run"] == str(run.layout.root)
     assert first["model"] == "starter-00000000" and first["model_sha256"] == "0" * 64 and first["mpp_x"] == 0.25

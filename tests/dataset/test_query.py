@@ -373,6 +373,25 @@ def test_a_clinical_table_is_joined_by_ids_that_stay_text(asked: Asked, tmp_path
     assert done.stderr.count("note: ") == 2 and "999" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("cells", "found"),
+    [
+        ("4.500;12,5\n-1.234.567,5;7,25", [(4500, 12.5), (-1234567.5, 7.25)]),
+        ("4.500;12.5\n9.000;7.25", [(4.5, 12.5), (9.0, 7.25)]),
+        ("4.5;12,5\n9;7", [(4.5, "12,5"), (9, "7")]),
+    ],
+)
+def test_points_separate_thousands_beside_decimal_commas_alone(
+    asked: Asked, tmp_path: Path, cells: str, found: list[tuple[Any, ...]]
+) -> None:
+    path = tmp_path / "clinical.csv"
+    rows = zip(("001", "002"), cells.split("\n"), strict=True)
+    path.write_text("patient_id;x;y\n" + "".join(f"{patient};{row}\n" for patient, row in rows))
+    with pytest.warns(UserWarning, match="no row for"), hover_batch.open_cohort(asked.root, path) as cohort:
+        table = cohort.sql("SELECT x, y FROM clinical ORDER BY patient_id")
+    assert list(table.itertuples(index=False, name=None)) == found
+
+
 def test_a_clinical_table_in_parquet_by_another_column(asked: Asked, tmp_path: Path) -> None:
     path = tmp_path / "samples.parquet"
     pq.write_table(pa.table({"slide_id": ["s1", "s5"], "batch": [1, 2]}), path)
@@ -418,7 +437,7 @@ def test_clinical_tables_that_cannot_be_joined(asked: Asked, tmp_path: Path, tex
 
 
 @pytest.mark.parametrize(
-    ("months", "read"), [("3,5", 3.5), ("#N/A", None), ("1,250", "1,250"), ("4.5", "4.5"), ("1.250,5", "1.250,5")]
+    ("months", "read"), [("3,5", 3.5), ("#N/A", None), ("1,250", "1,250"), ("4.5", "4.5"), ("1.250,5", 1250.5)]
 )
 def test_numbers_and_missing_values_of_excel(asked: Asked, tmp_path: Path, months: str, read: Any) -> None:
     path = tmp_path / "clinical.csv"
@@ -466,7 +485,7 @@ def test_what_is_no_box_is_refused(asked: Asked, box: Any) -> None:
 def test_arguments_of_other_types_are_refused(asked: Asked) -> None:
     wrong: Any = 5
     for arguments in ({"path": wrong}, {"clinical": wrong}, {"on": wrong}, {"on": None}, {"clinical": " "}):
-        with pytest.raises(InputError, match=f"^{next(iter(arguments))} "):
+        with pytest.raises(InputError, match=f"^{next(iter(arguments))}[: ]"):
             hover_batch.open_cohort(**{"path": asked.root, **arguments})
     with hover_batch.open_cohort(asked.root) as cohort, pytest.raises(InputError, match="query 5: must be a str"):
         cohort.sql(wrong)

@@ -222,6 +222,18 @@ def test_compare_takes_patients_not_slides_nor_nuclei(asked: Asked, tmp_path: Pa
     assert (found.difference_low <= found.difference).all() and (found.difference <= found.difference_high).all()
 
 
+def test_a_column_of_both_tables_is_taken_from_the_clinical_one_only_if_the_slides_have_no_values(
+    asked: Asked, tmp_path: Path
+) -> None:
+    path = tmp_path / "clinical.csv"
+    path.write_text("patient_id,group,magnification\n001,c,20x\n012,d,40x\n")
+    said = ask("cohort", "counts", asked.root, "--by", "group", "--join", path, exit_code=2).stderr
+    assert "--by group: is a column of the slides and of the clinical table; rename it" in said
+    ask("cohort", "counts", asked.root, "--by", "magnification", "--join", path, "-o", tmp_path / "x.csv")
+    found = pd.read_csv(tmp_path / "x.csv").set_index("magnification")
+    assert found.nuclei["20x"] == 180 and found.nuclei["40x"] == 450
+
+
 def test_the_measuring_error_of_sources_in_differences() -> None:
     """One source scales a difference and keeps its sign; with two, equal groups may differ by their factors."""
     exact = CountError(mean=0.2, mean_variance=0, source=0, slide=0, field_mm2=0, unpaired=0, df=6)

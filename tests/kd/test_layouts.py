@@ -244,6 +244,7 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
             r"x_labels\.tif: float32 .* but should be",
         ),
         (lambda f: image_tiff(f, compression="png"), r"x\.tif: a TIFF with compression PNG; save it as a PNG"),
+        (lambda f: image_tiff(f, photometric="cielab"), r"x\.tif: a TIFF with CIELab colours; save it as an RGB PNG"),
         (
             lambda f: image_tiff(f, photometric="minisblack", planarconfig="contig"),
             r"x\.tif: a grey TIFF with 3 samples per pixel; save it as an RGB PNG",

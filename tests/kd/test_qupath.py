@@ -325,6 +325,9 @@ def test_files_that_do_not_belong_together_are_refused(folder: Path, tmp_path: P
     assert "x.tif: cannot be read" in failure()
     (folder / "x.tif").unlink()
     assert "x.geojson: no picture or slide of this name" in failure()
+    (folder / "batch1").mkdir()
+    write(folder / "batch1" / "y.geojson", feature(disc(30, 30)))
+    assert "batch1: has annotations, but only the subfolders train, val, test are read" in failure()
 
 
 def test_positions_in_micrometres_are_noticed(folder: Path) -> None:

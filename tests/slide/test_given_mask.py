@@ -119,6 +119,20 @@ def test_a_stretched_png_is_warned_of_without_bounds(tmp_path: Path) -> None:
     assert "200 × 100" in warning and "1000 × 1000" in warning
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "1"])
+def test_a_transparent_colour_is_no_tissue(tmp_path: Path, mode: str) -> None:
+    """Programs that reduce a PNG write a transparent colour instead of an alpha channel."""
+    drawn = Image.fromarray(np.uint8(np.indices((100, 100))[1] < 30) * 255).convert(mode)
+    white = drawn.getpixel((0, 0))
+    drawn.putpixel((99, 99), white)
+    drawn.save(tmp_path / "key.png", transparency=white if mode != "1" else 255)
+    with pytest.raises(InputError, match="no tissue on the slide"):
+        check_mask(tmp_path / "key.png", Size(1000, 1000))
+    drawn.save(tmp_path / "key.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
+    mask = given_mask(tmp_path / "key.png", Size(1000, 1000), None, 10.0)
+    assert mask.mean() == pytest.approx(0.3, abs=0.01)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_16_bit_mask_keeps_small_labels_or_is_refused(tmp_path: Path, channels: int) -> None:
     labels = np.zeros((100, 100), np.uint16)

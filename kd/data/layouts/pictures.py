@@ -32,6 +32,7 @@ LARGEST_AREA = 128**2
 
 _OPENCV_COMPRESSIONS = (1, 5, 7, 8, 32773, 32946)
 """TIFF without compression, LZW, JPEG, deflate and PackBits; OpenCV reads some others, such as JPEG 2000, as black."""
+_LAB = (tifffile.PHOTOMETRIC.CIELAB, tifffile.PHOTOMETRIC.ICCLAB, tifffile.PHOTOMETRIC.ITULAB)
 _GREY = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE)
 
 # OpenCV would print its messages on stderr, beside the error that names the file.
@@ -209,6 +210,8 @@ def _fault_of_tiff(path: Path, is_unchanged: bool) -> str:
     if first.compression not in _OPENCV_COMPRESSIONS:
         kind = getattr(first.compression, "name", first.compression)
         return f"a TIFF with compression {kind}; save it as a PNG"
+    if first.photometric in _LAB:
+        return "a TIFF with CIELab colours; save it as an RGB PNG"
     if first.photometric in _GREY and first.samplesperpixel > 1:
         return f"a grey TIFF with {first.samplesperpixel} samples per pixel; save it as an RGB PNG"
     return ""

@@ -58,8 +58,15 @@ def find_annotated(folder: Path) -> tuple[list[Annotated], int]:
     otherwise they are ignored.
 
     Raises InputError if a .geojson or .geojson.gz file belongs to no picture, a GeoJSON file belongs to several
-    pictures, a picture has several GeoJSON files, or a folder cannot be listed.
+    pictures, a picture has several GeoJSON files, another subfolder has .geojson or .geojson.gz files, or a folder
+    cannot be listed.
     """
+    for path in _entries(folder):
+        if path.is_dir() and path.name.lower() not in FOLDS and any(_key(file, SUFFIXES) for file in _entries(path)):
+            raise InputError(
+                f"{path}: has annotations, but only the subfolders {', '.join(FOLDS)} are read; move its files beside "
+                "or into these, or give the folder itself, too"
+            )
     found: list[Annotated] = []
     others = 0
     for fold, part in _parts(folder):
