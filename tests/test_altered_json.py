@@ -62,7 +62,7 @@ def altered_files(path: Path, every: int) -> Iterator[str]:
     path.write_bytes(original)
 
 
-@pytest.mark.parametrize(("command", "every"), [("status", 7), ("report", 61)])
+@pytest.mark.parametrize(("command", "every"), [("status", 11), ("report", 127)])
 def test_an_altered_slide_json(layout: RunLayout, command: str, every: int) -> None:
     """A slide whose file is not as `segment` writes it is not done; the columns of its classes are checked later."""
     for text in altered_files(layout.slide("a").slide_json, every):

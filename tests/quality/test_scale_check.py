@@ -41,5 +41,7 @@ def test_true_pixel_sizes_are_confirmed(data: Path) -> None:
             verdicts["right" if right else "confirmed" if confirmed else "other"] += 1
         found[factor] = verdicts
         print(f"given {given} µm, true {MPP}: {dict(verdicts)} of {len(images)}")
+    record = SlideRecord("tenfold", data / "nuclei" / images[0]["image"], mpp=Mpp(2.5, 2.5), row=2)
+    assert f"fit {MPP} µm better than the given 2.5" in check_scale(record, predictor, TissueSettings(tissue="all"))
     assert found[1]["right"] >= 0.9 * len(images)
     assert found[2]["right"] >= 0.5 * len(images) and found[0.5]["right"] >= 0.5 * len(images)

@@ -56,8 +56,8 @@ def test_one_stray_instance_of_another_series_is_enough(tmp_path: Path) -> None:
         peek(record(folder))
 
 
-def test_a_label_of_another_series_and_other_objects_are_no_slides(tmp_path: Path) -> None:
-    """And wsidicom's words about them stay off the terminal."""
+def folder_with_label(tmp_path: Path) -> Path:
+    """A slide, and the label of another series."""
     folder = flat_folder(tmp_path, "ab", levels=1)
     import pydicom
 
@@ -65,7 +65,16 @@ def test_a_label_of_another_series_and_other_objects_are_no_slides(tmp_path: Pat
     label.ImageType = ["ORIGINAL", "PRIMARY", "LABEL", "NONE"]
     label.save_as(folder / "label.dcm")
     (folder / "b_level0.dcm").unlink()
-    assert peek(record(folder)).level0 == Size(260, 200)
+    return folder
+
+
+def test_a_label_of_another_series_and_other_objects_are_no_slides(tmp_path: Path) -> None:
+    assert peek(record(folder_with_label(tmp_path))).level0 == Size(260, 200)
+
+
+@pytest.mark.slow
+def test_the_words_of_wsidicom_stay_off_the_terminal(tmp_path: Path) -> None:
+    folder = folder_with_label(tmp_path)
     code = f"""
 from pathlib import Path
 from hover_batch.cohort.manifest import read_cohort

@@ -50,8 +50,16 @@ def doubts(path: Path, *levels: Picture) -> list[str]:
         return doubts_of_levels(reader)
 
 
-@pytest.mark.parametrize("factors", [(2, 4), (4, 16), (3,), (1.4, 2.9), (32,)])
-@pytest.mark.parametrize("interpolation", [cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_CUBIC])
+@pytest.mark.parametrize(
+    ("factors", "interpolation"),
+    [
+        ((2, 4), cv2.INTER_AREA),
+        ((4, 16), cv2.INTER_NEAREST),
+        ((3,), cv2.INTER_CUBIC),
+        ((1.4, 2.9), cv2.INTER_NEAREST),
+        ((32,), cv2.INTER_CUBIC),
+    ],
+)
 def test_levels_however_they_were_reduced_raise_no_doubt(
     field: Picture, tmp_path: Path, factors: tuple[float, ...], interpolation: int
 ) -> None:
@@ -65,23 +73,23 @@ def test_brighter_blurred_and_compressed_levels_raise_no_doubt(field: Picture, t
     assert doubts(tmp_path / "s.tif", field, np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)) == []
 
 
+CHANGES: dict[str, Callable[[Picture], Picture]] = {
+    "mirrored": lambda level: level[:, ::-1],
+    "upside down": lambda level: level[::-1],
+    "shifted": lambda level: np.roll(level, (60, 90), (0, 1)),
+    "inverted": lambda level: 255 - level,
+    "black": np.zeros_like,
+    "white": lambda level: np.full_like(level, 255),
+}
+
+
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda level: level[:, ::-1],
-        lambda level: level[::-1],
-        lambda level: np.roll(level, (60, 90), (0, 1)),
-        lambda level: 255 - level,
-        np.zeros_like,
-        lambda level: np.full_like(level, 255),
-    ],
-    ids=["mirrored", "upside down", "shifted", "inverted", "black", "white"],
-)
-@pytest.mark.parametrize("factor", [2, 4, 16])
-def test_a_level_that_shows_something_else_is_named(
-    field: Picture, tmp_path: Path, change: Callable[[Picture], Picture], factor: int
-) -> None:
-    level = change(reduced(field, factor))
+    ("name", "factor"),
+    [*((name, factor) for name in ("mirrored", "upside down", "shifted") for factor in (2, 16)),
+     ("inverted", 4), ("black", 4), ("white", 4)],
+)  # fmt: skip
+def test_a_level_that_shows_something_else_is_named(field: Picture, tmp_path: Path, name: str, factor: int) -> None:
+    level = CHANGES[name](reduced(field, factor))
     [doubt] = doubts(tmp_path / "s.tif", field, np.ascontiguousarray(level))
     assert f"level of 1/{factor} of the full size shows something else" in doubt
 
@@ -118,7 +126,6 @@ def two_pieces(field: Picture, tmp_path_factory: pytest.TempPathFactory) -> Path
     ("place", "doubtful"),
     [
         (np.s_[:1500, :1536], False),
-        (np.s_[1600:, 1900:], False),
         (np.s_[:1500, 500:1700], False),
         (np.s_[1500:, :1536], True),
         (np.s_[:1500, 1864:], True),
