@@ -23,12 +23,18 @@ _THOUSANDS = "^[-+]?[1-9][0-9]{0,2}([.][0-9]{3})+(,[0-9]+)?$"
 _OTHER_NUMBER = "^[-+]?([0-9]{4,}[.][0-9]+|0[.][0-9]+|[0-9]+[.]([0-9]{1,2}|[0-9]{4,})|[1-9][0-9]{0,2},[0-9]{3})$"
 """Numbers with a decimal point, and those whose comma may separate thousands: beside them, commas are not decimal."""
 
+_NUMBER = "^[-+]?[0-9][0-9.,]*([eE][-+]?[0-9]+)?$"
+"""Cells that a person would take for a number."""
+
 _IS_TEXT = "^(0[0-9]+|[0-9]{16,})$"
 """Cells that look like numbers and are not, since a number would lose their zeros or last digits."""
 
 
 def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, slides: pa.Table) -> list[str]:
-    """Create the table `clinical` from the file `path`. Return notes about ids that only one of the tables has.
+    """Create the table `clinical` from the file `path`. Return notes for the user.
+
+    They name ids that only one of the tables has, and columns of a CSV that became text although at least half of their
+    cells look like numbers.
 
     The values of the column `on` become text without spaces around them. In a CSV, a column with values such as 007, or
     of 16 or more digits, becomes text, too, and empty cells, NA, NaN and #N/A are missing values. If semicolons or tabs
@@ -49,7 +55,7 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
         fault = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "no such file"
         raise InputError(f"{path}: {fault}; give another one with --join (in Python, the argument `clinical`)")
     try:
-        source, column = _source(connection, path, on)
+        source, column, as_text = _source(connection, path, on)
         given = connection.sql(f"FROM {source}")
         kinds = dict(zip(given.columns, map(str, given.types), strict=True))
         # Some programs store text in Parquet as bytes, which CAST would escape.
@@ -64,6 +70,8 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
         rows = f"SELECT * REPLACE ({', '.join(replaced)}) FROM {source} WHERE {values} <> ''"
         connection.execute(f"CREATE TABLE clinical AS {rows}").fetchall()
         ids = [row[0] for row in connection.sql(f"SELECT {identifier(column)} FROM clinical").fetchall()]
+        doubtful = [name for name, kind in kinds.items() if kind == "VARCHAR" and name not in as_text]
+        doubts = _doubts_of_text(connection, path, doubtful)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make the file readable") from error
     except duckdb.Error as error:
@@ -72,11 +80,11 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
             f"{path}: cannot be read as CSV (UTF-8, a header, equally many cells in all rows) or Parquet ({reason})"
         ) from error
     known = dict.fromkeys(value for value in slides[on].to_pylist() if value is not None)
-    return _notes(path, on, ids, [str(value) for value in known])
+    return doubts + _notes(path, on, ids, [str(value) for value in known])
 
 
-def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple[str, str]:
-    """Return the table function that reads the file, with the types of its columns, and its name of the column `on`.
+def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple[str, str, set[str]]:
+    """Return the table function that reads the file, its name of the column `on`, and the columns that must be text.
 
     The name may differ in upper and lower case, which SQL ignores. InputError if there is no such column.
     """
@@ -92,7 +100,8 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
 
     if path.suffix.lower() in (".parquet", ".pq"):
         source = f"read_parquet({text_list([path])})"
-        return source, name_in(connection.sql(f"FROM {source}").columns)
+        names = connection.sql(f"FROM {source}").columns
+        return source, name_in(names), set(names)
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
         if for_excel := header.lower().startswith(("sep=", '"sep=')):
@@ -124,7 +133,24 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         if having(_THOUSANDS):
             options["thousands"] = text(".")
     types = ", ".join(f"{text(name)}: 'VARCHAR'" for name in columns if name in as_text)
-    return _read_csv(path, options | {"types": f"{{{types}}}"}), column
+    return _read_csv(path, options | {"types": f"{{{types}}}"}), column, as_text
+
+
+def _doubts_of_text(connection: duckdb.DuckDBPyConnection, path: Path, columns: Sequence[str]) -> list[str]:
+    """Return a note for each text column of `clinical` in which at least half of the cells look like numbers."""
+    notes = []
+    for name in columns:
+        cell = f"trim({identifier(name)})"
+        like = f"regexp_matches({cell}, {text(_NUMBER)})"
+        found = f"avg(CAST({like} AS INT)), min({cell}) FILTER ({like}), min({cell}) FILTER (NOT {like})"
+        [(share, number, other)] = connection.sql(f"SELECT {found} FROM clinical").fetchall()
+        if share is not None and share >= 0.5:
+            beside = f", and {other!r}" if other is not None else ""
+            notes.append(
+                f"{path}: the column {name} is read as text, with cells such as {number!r}{beside}; if these are "
+                "numbers, write all of them in the same way"
+            )
+    return notes
 
 
 def _read_csv(path: Path, options: Mapping[str, str]) -> str:

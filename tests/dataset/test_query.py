@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -373,23 +374,9 @@ def test_a_clinical_table_is_joined_by_ids_that_stay_text(asked: Asked, tmp_path
     assert done.stderr.count("note: ") == 2 and "999" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("cells", "found"),
-    [
-        ("4.500;12,5\n-1.234.567,5;7,25", [(4500, 12.5), (-1234567.5, 7.25)]),
-        ("4.500;12.5\n9.000;7.25", [(4.5, 12.5), (9.0, 7.25)]),
-        ("4.5;12,5\n9;7", [(4.5, "12,5"), (9, "7")]),
-    ],
-)
-def test_points_separate_thousands_beside_decimal_commas_alone(
-    asked: Asked, tmp_path: Path, cells: str, found: list[tuple[Any, ...]]
-) -> None:
-    path = tmp_path / "clinical.csv"
-    rows = zip(("001", "002"), cells.split("\n"), strict=True)
-    path.write_text("patient_id;x;y\n" + "".join(f"{patient};{row}\n" for patient, row in rows))
-    with pytest.warns(UserWarning, match="no row for"), hover_batch.open_cohort(asked.root, path) as cohort:
-        table = cohort.sql("SELECT x, y FROM clinical ORDER BY patient_id")
-    assert list(table.itertuples(index=False, name=None)) == found
+def text_noted(value: Any) -> AbstractContextManager[Any]:
+    """Expect the note about numbers that are read as text if `value` is such a text."""
+    return pytest.warns(UserWarning, match="is read as text, with cells") if isinstance(value, str) else nullcontext()
 
 
 def test_a_clinical_table_in_parquet_by_another_column(asked: Asked, tmp_path: Path) -> None:
@@ -437,12 +424,15 @@ def test_clinical_tables_that_cannot_be_joined(asked: Asked, tmp_path: Path, tex
 
 
 @pytest.mark.parametrize(
-    ("months", "read"), [("3,5", 3.5), ("#N/A", None), ("1,250", "1,250"), ("4.5", "4.5"), ("1.250,5", 1250.5)]
+    ("months", "read"),
+    [("3,5", 3.5), ("#N/A", None), ("4.500", 4500), ("-1.250,5", -1250.5), ("1,250", "1,250"), ("4.5", "4.5")],
 )
 def test_numbers_and_missing_values_of_excel(asked: Asked, tmp_path: Path, months: str, read: Any) -> None:
     path = tmp_path / "clinical.csv"
     path.write_text(f"patient_id;months\n001;{months}\n002;0,5\n", encoding="utf-8")
-    with pytest.warns(UserWarning, match="no row for"), hover_batch.open_cohort(asked.root, path) as cohort:
+    with text_noted(read), pytest.warns(UserWarning, match="no row for"):
+        cohort = hover_batch.open_cohort(asked.root, path)
+    with cohort:
         assert cohort.connection.sql("SELECT months FROM clinical ORDER BY patient_id").fetchall()[0] == (read,)
 
 
