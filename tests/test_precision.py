@@ -81,7 +81,7 @@ def test_other_runtimes_find_the_nuclei_of_torch(data: Path, other: Runtime) -> 
     ("precision", "runtime"),
     [
         ("fp32", "torch"),
-        ("bf16", "torch"),
+        pytest.param("bf16", "torch", marks=pytest.mark.slow),  # which some processors emulate
         ("auto", "openvino"),
         pytest.param("auto", "compile", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
