@@ -70,9 +70,10 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
         update = _Update(source, writer, notify)
         update.run(chosen)
     if missing := update.result.skipped:
+        command = f"`{source.command}`" + " without --stop-at" * ("--stop-at" in source.command)
         notify(
             f"{len(chosen) - len(missing):,} of {counted(len(chosen), 'slide')} are in the data set; missing: "
-            f"{listed(missing)}. To add them, complete the run with `{source.command}`, and repeat this command"
+            f"{listed(missing)}. To add them, complete the run with {command}, and repeat this command"
         )
     return update.result
 

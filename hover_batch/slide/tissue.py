@@ -188,7 +188,11 @@ def detect_tissue(reader: SlideReader, settings: TissueSettings) -> TissueMask:
     coloured = _coloured(reader.read(grid.size.box, grid))
     canvas_mm2 = info.level0.width * info.mpp.x * info.level0.height * info.mpp.y / 1e6
     if canvas_mm2 < SMALL_CANVAS_MM2:
-        array = np.full(coloured.shape, coloured.mean() >= _SMALL_CANVAS_TISSUE)
+        scanned = info.bounds or info.level0.box
+        rows = slice(math.floor(scanned.y0 / grid.scale_y), math.ceil(scanned.y1 / grid.scale_y))
+        columns = slice(math.floor(scanned.x0 / grid.scale_x), math.ceil(scanned.x1 / grid.scale_x))
+        array = np.zeros(coloured.shape, bool)
+        array[rows, columns] = coloured[rows, columns].mean() >= _SMALL_CANVAS_TISSUE
     else:
         pixel_um2 = grid.mpp.x * grid.mpp.y
         array = _tidy(coloured, math.sqrt(pixel_um2), settings.min_tissue_um2 / pixel_um2)

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from scn_slide import write_scn_slide
 from synthetic_slide import write_synthetic_slide
 
 from hover_batch.cohort.record import SlideRecord
@@ -113,6 +114,20 @@ def test_pale_and_dark_stain_are_tissue(tmp_path: Path) -> None:
         ((238, 214, 228), Box(600, 600, 1100, 1100)),
     )
     assert found(path).contains(np.array([300.0, 850]), np.array([300.0, 850])).all()
+
+
+def test_a_small_canvas_is_tissue_only_where_it_was_scanned(tmp_path: Path) -> None:
+    """Its stained part, 1 % of the canvas and 100 % of what was scanned, is not too small either."""
+    write_scn_slide(tmp_path / "s.scn", np.full((256, 512, 3), (200, 90, 160), np.uint8), Size(3000, 3600), (600, 900))
+    record = SlideRecord("s", tmp_path / "s.scn", 2, mpp=Mpp(0.25, 0.25))
+    with open_slide(record) as reader:
+        assert reader.info.bounds is not None
+        mask = tissue_mask(reader, record, TissueSettings())
+        frame, canvas = reader.info.bounds, reader.info.level0
+    outside = mask.contains(np.array([10.0, 2990.0]), np.array([10.0, 3590.0]))
+    assert not outside.any()
+    share = frame.width * frame.height / (canvas.width * canvas.height)
+    assert share < 0.02 and mask.array.mean() == pytest.approx(share, rel=0.2)
 
 
 def test_small_pieces_are_dropped_and_small_holes_filled(tmp_path: Path) -> None:
