@@ -44,13 +44,13 @@ def read_run(layout: RunLayout, flag: str = "") -> dict[str, Any] | None:
     if content is None:
         return None
     run = json_object(content)
+    if run is not None and run.get("format") != RUN_FORMAT:
+        raise InputError(f"{_named(layout, flag)}: its run.json was written by another program; name another folder")
     if run is None or not _is_as_written(run):
         raise InputError(
             f"{_named(layout, flag)}: its run.json is corrupted; restore it from a backup, or run the cohort into "
             "another folder"
         )
-    if run.get("format") != RUN_FORMAT:
-        raise InputError(f"{_named(layout, flag)}: its run.json was written by another program; name another folder")
     return run
 
 

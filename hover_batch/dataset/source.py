@@ -121,13 +121,14 @@ class RunSource:
         record, done = self.slides[slide_id], self.done[slide_id]
         known = set(summary_schema(taxonomy).names)
         row: Row = {}
+        taken = set(FIXED.names)  # in lower case, since SQL ignores upper and lower case
         refuse_altered(done.get("summary", {}), taxonomy.nuclei, self.layout.slide(slide_id).slide_json)
         summary = with_record_columns(done.get("summary", {}), record, taxonomy)
         for name, value in (summary | summary_columns(done, self.flags[slide_id])).items():
             is_text = name not in known and not name.startswith(STAGE)
-            taken = {*FIXED.names, *map(str.casefold, row)}  # SQL ignores upper and lower case
             while is_text and name.casefold() in taken:
                 name = f"extra_{name}"
+            taken.add(name.casefold())
             row[name] = value
         for name in _SAME_FOR_ALL:
             row.pop(name, None)

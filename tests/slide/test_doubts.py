@@ -50,14 +50,16 @@ def doubts(path: Path, *levels: Picture) -> list[str]:
         return doubts_of_levels(reader)
 
 
+AREA, NEAREST, CUBIC = cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_CUBIC
+QUICK = [((2, 4), AREA), ((4, 16), NEAREST), ((3,), CUBIC), ((1.4, 2.9), NEAREST), ((32,), CUBIC)]
+
+
 @pytest.mark.parametrize(
     ("factors", "interpolation"),
     [
-        ((2, 4), cv2.INTER_AREA),
-        ((4, 16), cv2.INTER_NEAREST),
-        ((3,), cv2.INTER_CUBIC),
-        ((1.4, 2.9), cv2.INTER_NEAREST),
-        ((32,), cv2.INTER_CUBIC),
+        pytest.param(factors, how, marks=[] if (factors, how) in QUICK else pytest.mark.slow)
+        for factors, _ in QUICK
+        for how in (AREA, NEAREST, CUBIC)
     ],
 )
 def test_levels_however_they_were_reduced_raise_no_doubt(
@@ -85,9 +87,12 @@ CHANGES: dict[str, Callable[[Picture], Picture]] = {
 
 @pytest.mark.parametrize(
     ("name", "factor"),
-    [*((name, factor) for name in ("mirrored", "upside down", "shifted") for factor in (2, 16)),
-     ("inverted", 4), ("black", 4), ("white", 4)],
-)  # fmt: skip
+    [
+        pytest.param(name, factor, marks=[] if (factor == 4) == (number > 2) else pytest.mark.slow)
+        for number, name in enumerate(CHANGES)
+        for factor in (2, 4, 16)
+    ],
+)
 def test_a_level_that_shows_something_else_is_named(field: Picture, tmp_path: Path, name: str, factor: int) -> None:
     level = CHANGES[name](reduced(field, factor))
     [doubt] = doubts(tmp_path / "s.tif", field, np.ascontiguousarray(level))
@@ -126,6 +131,7 @@ def two_pieces(field: Picture, tmp_path_factory: pytest.TempPathFactory) -> Path
     ("place", "doubtful"),
     [
         (np.s_[:1500, :1536], False),
+        (np.s_[1600:, 1900:], False),
         (np.s_[:1500, 500:1700], False),
         (np.s_[1500:, :1536], True),
         (np.s_[:1500, 1864:], True),

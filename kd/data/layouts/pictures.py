@@ -45,8 +45,8 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Grey images become RGB, and an alpha channel is dropped. Orientation tags are ignored, except in TIFFs.
 
     Raises InputError if the file cannot be read as an image, has more than 8 bits per channel, or is a TIFF with
-    several pages, an orientation tag other than upright, a compression that OpenCV does not decode, or grey with
-    several samples per pixel.
+    several pages, an orientation tag other than upright, a compression that OpenCV does not decode, CIELab
+    colours, or grey with several samples per pixel.
     """
     # Without ANYDEPTH, OpenCV drops the low bits, so that a 12-bit image in 16 bits becomes nearly black.
     image = _read(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION)
