@@ -218,7 +218,7 @@ def survey(
             # A warning, too, since slides that are only estimated have no flags.
             flags = flag_slides({"": {"quality": {"mask_on_tissue": on_tissue}}})[""]
             info = replace(info, warnings=(*info.warnings, *(flag.sentence for flag in flags)))
-        info = replace(info, warnings=(*info.warnings, *doubts_of_levels(reader)))
+        info = replace(info, warnings=(*info.warnings, *mask.warnings, *doubts_of_levels(reader)))
     write_survey(layout.survey_json, info, mask)
     grid = Grid.over(info.level0, info.mpp, package.card.mpp)
     units = plan_units(grid, mask, settings.infer.unit, package.card.tile_out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -292,28 +293,28 @@ def _interval(error: CountError | None, slides: Sequence[tuple[int, float | None
 def _quantiles(paths: Sequence[Path], column: str, total: int) -> list[float]:
     """Return the exact QUARTILES of a float32 column without negative values.
 
-    A quantile is the smallest value that at least that share of the nuclei do not exceed (numpy's method
-    "inverted_cdf"). The bits of non-negative floats sort as the floats do, so two passes suffice for any number of
-    nuclei. The first counts the upper 16 bits and finds those of each quantile; the second counts the lower 16 bits of
-    values with the same upper bits.
+    Between two values, a quantile is interpolated linearly, as numpy and pandas do. The bits of non-negative floats
+    sort as the floats do, so two passes suffice for any number of nuclei. The first counts the upper 16 bits and finds
+    those of each rank; the second counts the lower 16 bits of values with the same upper bits.
     """
-    ranks = [max(1, int(np.ceil(share * total))) for share in QUARTILES.values()]
+    positions = [share * (total - 1) for share in QUARTILES.values()]
+    ranks = sorted({rank for position in positions for rank in (math.floor(position), math.ceil(position))})
     upper = np.zeros(1 << 16, np.int64)
     for values in _batches(paths, column):
         upper += np.bincount(values.view(np.uint32) >> 16, minlength=len(upper))
     below = np.cumsum(upper)
-    bins = [int(np.searchsorted(below, rank)) for rank in ranks]
+    bins = [int(np.searchsorted(below, rank, side="right")) for rank in ranks]
     lower = {bin: np.zeros(1 << 16, np.int64) for bin in bins}
     for values in _batches(paths, column):
         bits = values.view(np.uint32)
         for bin, counts in lower.items():
             counts += np.bincount(bits[bits >> 16 == bin] & 0xFFFF, minlength=len(counts))
-    found = []
+    ranked = {}
     for rank, bin in zip(ranks, bins, strict=True):
         within = rank - int(below[bin] - upper[bin])
-        bits_found = bin << 16 | int(np.searchsorted(np.cumsum(lower[bin]), within))
-        found.append(float(np.uint32(bits_found).view(np.float32)))
-    return found
+        bits_found = bin << 16 | int(np.searchsorted(np.cumsum(lower[bin]), within, side="right"))
+        ranked[rank] = float(np.uint32(bits_found).view(np.float32))
+    return [float(np.interp(position, ranks, [ranked[rank] for rank in ranks])) for position in positions]
 
 
 def _batches(paths: Sequence[Path], column: str) -> Iterator[NDArray[Any]]:

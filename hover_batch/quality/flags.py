@@ -55,6 +55,8 @@ _LOGARITHMIC = {"nuclei_per_mm2", "area_um2", "sharpness"}
 _MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "sharpness": 0.2, "seg_score": 0.04, "type_prob": 0.03}
 """Minimum standard deviation of a cohort, logarithmic for factors, since serial sections are nearly equal."""
 
+_MIN_NUCLEI = 20
+"""Smallest number of nuclei whose medians say anything of the pixel size."""
 _ON_TISSUE_SHARE = 0.5
 _BLURRED_SHARE = 0.3
 _INK_SHARE = 0.005
@@ -276,7 +278,9 @@ def _measures(slide: Mapping[str, Any]) -> dict[str, Any]:
     """Return the measures in a slide.json: those of `quality`, and counts from the summary."""
     summary = slide.get("summary", {})
     counted = {name: summary[name] for name in ("nuclei", "tissue_mm2", "nuclei_per_mm2") if name in summary}
-    medians = {name: value for name in ("area_um2", "solidity") if (value := summary.get(f"{name}_p50"))}
+    medians = {}
+    if counted.get("nuclei", 0) >= _MIN_NUCLEI:
+        medians = {name: value for name in ("area_um2", "solidity") if (value := summary.get(f"{name}_p50"))}
     return {**counted, **medians, **slide.get("quality", {})}
 
 

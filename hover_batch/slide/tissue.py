@@ -30,6 +30,8 @@ SMALL_CANVAS_MM2 = 1.0
 """Area below which a canvas is taken for a tile cut from a slide, without a background to detect."""
 
 _SMALL_CANVAS_TISSUE = 0.02
+_SPARSE = 0.25
+"""Stained share of a small canvas below which its densities are likely to be taken for those of tissue."""
 _CLOSING_UM = 24.0
 _CHROMA = (10, 22)
 # Otsu's threshold is limited to this range: glass stays below 10 after white balance, and stained tissue is rarely
@@ -47,6 +49,19 @@ class TissueMask:
     """Level-0 pixels per mask pixel: (x, y)."""
     given: bool = False
     """Whether the user supplied the mask, so that nuclei outside it are removed."""
+    stained: float | None = None
+    """Stained share of a small canvas, which counts as tissue as a whole; None for others."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warnings for the user: one if the mask is a small canvas of which little is stained, otherwise none."""
+        if self.stained is None or not _SMALL_CANVAS_TISSUE <= self.stained < _SPARSE:
+            return ()
+        return (
+            f"only {self.stained:.0%} of the picture is stained, but all of it counts as tissue, since it is smaller "
+            f"than {SMALL_CANVAS_MM2:g} mm²: the density is per mm² of the picture; give the outline of the tissue as "
+            "mask_path for the density in tissue",
+        )
 
     def meets(self, box: Box, grid: Grid) -> bool:
         """Return whether there is any tissue in `box`; False outside of the canvas.
@@ -191,11 +206,11 @@ def detect_tissue(reader: SlideReader, settings: TissueSettings) -> TissueMask:
         scanned = info.bounds or info.level0.box
         rows = slice(math.floor(scanned.y0 / grid.scale_y), math.ceil(scanned.y1 / grid.scale_y))
         columns = slice(math.floor(scanned.x0 / grid.scale_x), math.ceil(scanned.x1 / grid.scale_x))
-        array = np.zeros(coloured.shape, bool)
-        array[rows, columns] = coloured[rows, columns].mean() >= _SMALL_CANVAS_TISSUE
-    else:
-        pixel_um2 = grid.mpp.x * grid.mpp.y
-        array = _tidy(coloured, math.sqrt(pixel_um2), settings.min_tissue_um2 / pixel_um2)
+        array, stained = np.zeros(coloured.shape, bool), float(coloured[rows, columns].mean())
+        array[rows, columns] = stained >= _SMALL_CANVAS_TISSUE
+        return TissueMask(array, (grid.scale_x, grid.scale_y), stained=stained)
+    pixel_um2 = grid.mpp.x * grid.mpp.y
+    array = _tidy(coloured, math.sqrt(pixel_um2), settings.min_tissue_um2 / pixel_um2)
     return TissueMask(array, (grid.scale_x, grid.scale_y))
 
 

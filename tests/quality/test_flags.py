@@ -56,6 +56,8 @@ def names(value: dict[str, Any], others: list[dict[str, Any]] | None = None) -> 
         (slide(mask_on_tissue=0.2), ["mask"]),
         (slide({"nuclei_per_mm2": 50_000.0}), ["many_nuclei"]),
         (slide({"area_um2_p50": 140.0}), ["pixel_size"]),
+        (slide({"area_um2_p50": 140.0, "nuclei": 19}), []),
+        (slide({"area_um2_p50": 140.0, "nuclei": 20}), ["pixel_size"]),
         (slide({"solidity_p50": 0.92}), []),
         (slide({"solidity_p50": 0.89}), ["pixel_size"]),
         (slide(sharpness=[0.6, 2.0, 2.0, 2.0]), []),
@@ -131,7 +133,7 @@ def test_what_was_not_measured_gives_no_flag() -> None:
 def test_the_table_is_complete_and_its_sentences_are_filled() -> None:
     assert tuple(rule.name for rule in RULES) == FLAG_NAMES
     bad = slide(
-        {"nuclei": 5, "nuclei_per_mm2": 5.0, "area_um2_p50": 5.0}, sharpness=[0.1], ink=0.5, brown=0.5, h_od=2.0
+        {"nuclei": 50, "nuclei_per_mm2": 5.0, "area_um2_p50": 5.0}, sharpness=[0.1], ink=0.5, brown=0.5, h_od=2.0
     )
     flags = flag_slides({"bad": bad, "good": slide()})
     assert flags["good"] == ()

@@ -85,6 +85,15 @@ def test_tiles_are_all_tissue_and_white_ones_none(tmp_path: Path) -> None:
     assert not found(tmp_path / "white.png", mpp=0.25).array.any()
 
 
+@pytest.mark.parametrize(("height", "warned"), [(1024, False), (288, False), (224, True), (32, True), (0, False)])
+def test_a_small_picture_with_little_stain_gives_a_warning(tmp_path: Path, height: int, warned: bool) -> None:
+    picture = np.full((1024, 1024, 3), 245, np.uint8)
+    picture[:height] = PINK
+    Image.fromarray(picture).save(tmp_path / "tile.png")
+    warnings = found(tmp_path / "tile.png", mpp=0.25).warnings
+    assert [f"only {height / 1024:.0%} of the picture is stained" in text for text in warnings] == [True] * warned
+
+
 def test_an_empty_slide_has_no_tissue(tmp_path: Path) -> None:
     mask = found(canvas(tmp_path / "white.tif"))
     assert not mask.array.any() and mask.area_mm2(Mpp(1, 1)) == 0 and mask.polygons().is_empty
