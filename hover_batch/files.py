@@ -79,6 +79,11 @@ def read_whole(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def is_spreadsheet(content: bytes) -> bool:
+    """Return whether `content` begins like a workbook of Excel or LibreOffice, whatever the file is called."""
+    return content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` for the block to write to.

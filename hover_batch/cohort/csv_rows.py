@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hover_batch.cohort.record import Url
 from hover_batch.errors import InputError
+from hover_batch.files import is_spreadsheet
 
 COLUMNS = ("path", "slide_id", "mpp", "magnification", "mask_path", "patient_id", "group")
 RUN_COLUMNS = ("row", "status")
@@ -101,8 +102,11 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line on which it begins, stripped cells) of each record with a filled cell."""
+    content = path.read_bytes()
+    if is_spreadsheet(content):
+        raise InputError(f"{path}: is a spreadsheet or an archive, not a CSV; save it as CSV UTF-8")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         fault = (
             f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV UTF-8 or, if it is a "

@@ -188,10 +188,12 @@ def warn_of_unknown_variables(ctx: typer.Context) -> None:
     """
     root, prefix = ctx.find_root(), "HOVER_BATCH_"
     known = {name.removeprefix(prefix) for name in (CACHE_VARIABLE, *_variables(root.command))}
-    given = {name.removeprefix(prefix) for name in os.environ if name.startswith(prefix)}
-    for name in sorted(given - known):
+    given = {name.upper().removeprefix(prefix): name for name in os.environ if name.upper().startswith(prefix)}
+    for name, variable in sorted(given.items()):
+        if variable == f"{prefix}{name}" and name in known:
+            continue
         hint = suggestion(name, known, prefix)
-        message = f"the environment variable {prefix}{name} is not known, and has no effect{hint}"
+        message = f"the environment variable {variable} is not known, and has no effect{hint}"
         line = json_line("warning", message) if root.obj is LogFormat.json else f"Warning: {message}"
         typer.echo(line, err=True)
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from hover_batch.cohort.csv_rows import MISSING
 from hover_batch.dataset.quoting import identifier, text, text_list
 from hover_batch.errors import InputError
+from hover_batch.files import is_spreadsheet
 from hover_batch.formatting import counted, listed, nearest, suggestion
 
 _ON = "name another column with --on (in Python, the argument `on`)"
@@ -102,6 +103,9 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         source = f"read_parquet({text_list([path])})"
         names = connection.sql(f"FROM {source}").columns
         return source, name_in(names), set(names)
+    with path.open("rb") as binary:
+        if is_spreadsheet(binary.read(8)):
+            raise InputError(f"{path}: is a spreadsheet or an archive, not a CSV; save it as CSV UTF-8")
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
         if for_excel := header.lower().startswith(("sep=", '"sep=')):
@@ -111,7 +115,7 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         "skip": str(int(for_excel)),
         # DuckDB would find a delimiter for which rows of different lengths are one column.
         "delim": text(max(",;\t", key=header.count)),
-        "nullstr": text_list(["", *MISSING]),
+        "nullstr": text_list(["", *(cell for name in MISSING for cell in (name, f" {name}", f"{name} "))]),
         "sample_size": "-1",
         # Cells such as yes, no and 01/02/2026 stay text: their meaning as a truth value or a date would be a guess.
         "auto_type_candidates": text_list(("BIGINT", "DOUBLE", "DATE", "VARCHAR")),

@@ -21,7 +21,7 @@ from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlug
 from hover_batch.errors import SlideError
 from hover_batch.geometry import Box, Mpp, Size
 from hover_batch.slide.dicom import open_dicom
-from hover_batch.slide.pixel_size import MPP_TOLERANCE, StatedSize, stated_size, tiff_size, to_float
+from hover_batch.slide.pixel_size import MPP_TOLERANCE, StatedSize, disagreement, stated_size, tiff_size, to_float
 from hover_batch.slide.tiff_checks import (
     ORIENTATION,
     check_for_openslide,
@@ -170,7 +170,8 @@ def ome_tiff_header(path: Path) -> Header:
     powers = {objective.get("ID"): objective.get("NominalMagnification") for objective in _attributes(xml, "Objective")}
     used = [settings.get("ID") for image in images for settings in _attributes(image, "ObjectiveSettings")]
     power = to_float(powers.get(next(iter(used or powers), None)))
-    return Header(tuple(levels), size, None, "ome-tiff", power, _warnings_of_channels(path, names))
+    warnings = disagreement(size, size_in_tags, "its OME header and its resolution tags")
+    return Header(tuple(levels), size, None, "ome-tiff", power, (*warnings, *_warnings_of_channels(path, names)))
 
 
 def _elements(xml: ElementTree.Element, name: str) -> list[ElementTree.Element]:

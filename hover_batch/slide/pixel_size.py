@@ -107,6 +107,22 @@ def check_mpp(mpp: Mpp) -> None:
         raise InputError(f"mpp {mpp}: {fault}")
 
 
+def disagreement(used: StatedSize, ignored: StatedSize, what: str) -> tuple[str, ...]:
+    """Return a warning if a file gives two pixel sizes that differ by more than MPP_TOLERANCE (5 %); else none.
+
+    `used`, `ignored`: the size that is used and the other one. `what`: where the file gives each, in this order, as
+    the warning's beginning.
+    """
+    if used.mpp is None or ignored.mpp is None:
+        return ()
+    if max(abs(ignored.mpp.x / used.mpp.x - 1), abs(ignored.mpp.y / used.mpp.y - 1)) <= MPP_TOLERANCE:
+        return ()
+    return (
+        f"{what} say {used.mpp} and {ignored.mpp} µm a pixel; the first is used, unless the cohort gives "
+        "another in the column mpp",
+    )
+
+
 def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> list[str]:
     """Return up to two warnings about the pixel size of a slide; an empty list if there is nothing to warn of.
 
@@ -126,13 +142,15 @@ def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> li
     doubts = []
     if not all(USUAL_MPP[0] <= size <= USUAL_MPP[1] for size in (mpp.x, mpp.y)):
         doubts.append(f"slides have {USUAL_MPP[0]:g} to {USUAL_MPP[1]:g} µm a pixel as a rule")
-    if max(mpp.x, mpp.y) > (1 + MPP_TOLERANCE) * min(mpp.x, mpp.y):
+    square = max(mpp.x, mpp.y) <= (1 + MPP_TOLERANCE) * min(mpp.x, mpp.y)
+    if not square:
         doubts.append("pixels of slides are square as a rule")
     low, high = USUAL_MPP_TIMES_POWER
     if magnification is not None and not all(low <= size * magnification <= high for size in (mpp.x, mpp.y)):
         doubts.append(f"at a magnification of {magnification:g} about {10 / magnification:.2g} µm are expected")
     if doubts:
-        messages.append(f"mpp {mpp}: {', and '.join(doubts)}; if it is wrong, give the right one in the column mpp")
+        columns = "column mpp" if square else "columns mpp_x and mpp_y (or in mpp, if they are equal)"
+        messages.append(f"mpp {mpp}: {', and '.join(doubts)}; if it is wrong, give the right one in the {columns}")
     return messages
 
 

@@ -347,7 +347,7 @@ def test_two_models(two_models: Path) -> None:
 CLINICAL = """Patient_ID;months;stage;code;name;seen;alive
 001;12.5;II;001;"x; y";01/02/2026;yes
  007 ;NA;III;20;"it's";02/02/2026;no
-010;7;I;3;z;03/02/2026;no
+010;7;I;3;z;03/02/2026; NA
 999;1;I;4;nobody;04/02/2026;yes
 ;2;I;5;without an id;05/02/2026;yes
 """
@@ -366,7 +366,7 @@ def test_a_clinical_table_is_joined_by_ids_that_stay_text(asked: Asked, tmp_path
             "FROM slides JOIN clinical USING (patient_id) GROUP BY ALL ORDER BY ALL"
         )
     assert found.patient_id.tolist() == ["001", "007", "010"] and found.code.tolist() == ["001", "20", "3"]
-    assert found.seen[0] == "01/02/2026" and found.alive.tolist() == ["yes", "no", "no"]
+    assert found.seen[0] == "01/02/2026" and found.alive.tolist() == ["yes", "no", None]
     assert (
         found.months.tolist()[::2] == [12.5, 7.0] and np.isnan(found.months[1]) and found.n.tolist() == [180, 150, 400]
     )
@@ -414,6 +414,7 @@ def test_a_clinical_table_in_parquet_by_another_column(asked: Asked, tmp_path: P
         ("patient_id,x\n001,2\n", "patient", "did you mean patient_id?"),
         ("patient_id,x\n", "patient_id", "no patient_id in it is in the data set; it has none"),
         ("patient_id,x\n\xff001,2\n", "patient_id", "cannot be read as CSV"),
+        ("PK\x03\x04\x14", "patient_id", "clinical.csv: is a spreadsheet or an archive, not a CSV; save it as CSV"),
         ("", "patient_id", "clinical.csv"),
     ],
 )

@@ -196,6 +196,19 @@ def test_one_of_several_files_of_an_ome_tiff_is_never_read_as_another(tmp_path: 
         assert (slide.thumbnail(300) == FIELD[:90, :120]).all()
 
 
+@pytest.mark.parametrize(("per_cm", "warned"), [(40_000, False), (41_000, False), (20_000, True), (28, False)])
+def test_an_ome_header_that_contradicts_the_resolution_gives_a_warning(
+    tmp_path: Path, per_cm: float, warned: bool
+) -> None:
+    stated = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+    resolution = {"resolution": (per_cm, per_cm), "resolutionunit": "CENTIMETER"}
+    path = written(tmp_path / "a.ome.tif", FIELD, metadata={"axes": "YXS", **stated}, **resolution, **TILES)
+    info = peek(record(path))
+    assert info.mpp == Mpp(0.25, 0.25)
+    said = ("its OME header and its resolution tags say 0.25 and 0.5 µm a pixel; the first is used",)
+    assert tuple(warning.split(", unless")[0] for warning in info.warnings) == said * warned
+
+
 def test_an_ome_tiff_of_pictures_with_different_axes_is_refused(tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "slide.ome.tif") as tiff:
         planes = np.moveaxis(FIELD[:90, :120], 2, 0).copy()

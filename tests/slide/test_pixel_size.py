@@ -43,6 +43,7 @@ def test_either_axis_counts() -> None:
     assert warnings_of(Mpp(0.25, 2.5), None, None) and warnings_of(Mpp(0.02, 0.25), None, None)
     (warning,) = warnings_of(Mpp(0.25, 0.5), None, None)
     assert warning.startswith("mpp 0.25 × 0.5: pixels of slides are square as a rule;")
+    assert "in the columns mpp_x and mpp_y" in warning
     assert warnings_of(Mpp(0.2485, 0.25), None, None) == []
 
 
