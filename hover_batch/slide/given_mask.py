@@ -6,6 +6,7 @@ whole canvas, as its aspect ratio shows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None
     """Return warnings about a tissue mask of the cohort, as sentences for the user; an empty list if there are none.
 
     There is a warning if the mask covers the whole slide, lies outside of it by more than 1 %, has polygons of classes
-    that QuPath ignores, is so small that its unit is probably wrong, or is a PNG of another aspect ratio than the
-    slide.
+    that QuPath ignores or of detections, is so small that its unit is probably wrong, or is a PNG of another aspect
+    ratio than the slide.
 
     `path`: file of the mask, GeoJSON or PNG. `level0`: size of the slide's canvas in level-0 pixels; None to check only
     that the mask can be read. `bounds`: the slide's non-empty region in level-0 pixels; None if it has none.
@@ -220,7 +221,8 @@ def _rasterise(outline: shapely.Geometry, level0: Size, scale: float) -> NDArray
 def _read_geojson(path: Path) -> tuple[shapely.Geometry, list[str]]:
     """Return the union of all polygons of the file, in its own coordinates, and warnings for the user.
 
-    Polygons of a class that QuPath ignores are subtracted from it, with a warning.
+    Polygons of a class that QuPath ignores are subtracted from it, and those of detections, such as nuclei, are left
+    out, both with a warning.
     """
     remedy = "give polygons as GeoJSON in level-0 pixels, or a PNG"
     try:
@@ -231,18 +233,34 @@ def _read_geojson(path: Path) -> tuple[shapely.Geometry, list[str]]:
     except ValueError as error:
         raise InputError(f"{path}: the mask is not valid GeoJSON ({error}); {remedy}") from error
     classes = np.array([_class_of(feature["properties"]) for feature in features], np.object_)
+    detected = np.array([_is_detection(feature) for feature in features], bool) & ~shapely.is_empty(areas)
     ignored = np.array([name.endswith("*") and name != _REGION for name in classes], bool) & ~shapely.is_empty(areas)
-    outline = shapely.difference(shapely.union_all(areas[~ignored]), shapely.union_all(areas[ignored]))
-    names = sorted(set(classes[ignored]))
+    ignored &= ~detected
+    outline = shapely.difference(shapely.union_all(areas[~ignored & ~detected]), shapely.union_all(areas[ignored]))
+    names, warnings = ", ".join(sorted(set(classes[ignored]))), []
+    if names:
+        warnings.append(
+            f"{path}: {ignored.sum()} polygons of the class {names} are left out of the tissue, since QuPath "
+            "ignores classes whose names end with *; rename the class if they are tissue"
+        )
+    if detected.any():
+        warnings.append(
+            f"{path}: {detected.sum()} polygons are left out of the tissue, since they are detections of QuPath, such "
+            "as nuclei; export the annotations alone"
+        )
     if outline.is_empty:
-        besides = f" besides those of {', '.join(names)}, which QuPath ignores" if names else ""
+        others = [f"those of {names}, which QuPath ignores"] if names else []
+        others += ["detections, such as nuclei"] if detected.any() else []
+        besides = f" besides {' and '.join(others)}" if others else ""
         raise InputError(f"{path}: the mask holds no polygon{besides}; {remedy}")
-    if not names:
-        return outline, []
-    return outline, [
-        f"{path}: {ignored.sum()} polygons of the class {', '.join(names)} are left out of the tissue, since QuPath "
-        "ignores classes whose names end with *; rename the class if they are tissue"
-    ]
+    return outline, warnings
+
+
+def _is_detection(feature: Mapping[str, Any]) -> bool:
+    """Return whether a feature is a detection of QuPath; older versions wrote the kind of object as the id."""
+    properties = feature["properties"]
+    kind = properties.get("objectType") if isinstance(properties, dict) else None
+    return (kind or feature.get("id")) in ("detection", "cell", "PathDetectionObject", "PathCellObject")
 
 
 def _class_of(properties: Any) -> str:

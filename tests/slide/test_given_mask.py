@@ -326,6 +326,21 @@ def test_classes_that_qupath_ignores_are_no_tissue(tmp_path: Path, ignored: dict
         check_mask(path)
 
 
+@pytest.mark.parametrize("kind", [{"id": "PathCellObject"}, {"properties": {"objectType": "detection"}}], ids=str)
+def test_detections_are_no_tissue(tmp_path: Path, kind: dict[str, object]) -> None:
+    """As in an export of all objects, or in the nuclei of a run, given by mistake."""
+    path = tmp_path / "mask.geojson"
+    nucleus = {**feature(60, 20), "properties": {}, **kind}
+    path.write_text(json.dumps([feature(0, 40), nucleus]))
+    mask = given_mask(path, Size(100, 100), None, scale=1)
+    assert [mask[5, x] for x in (5, 70)] == [True, False]
+    (warning,) = check_mask(path, Size(100, 100))
+    assert "1 polygons are left out of the tissue, since they are detections" in warning
+    path.write_text(json.dumps([nucleus]))
+    with pytest.raises(InputError, match="no polygon besides detections, such as nuclei; give polygons as GeoJSON"):
+        check_mask(path)
+
+
 def test_a_png_that_exif_turns_is_refused(tmp_path: Path) -> None:
     path, exif = tmp_path / "mask.png", Image.Exif()
     picture = Image.fromarray(np.triu(np.full((100, 100), 255, np.uint8)))
