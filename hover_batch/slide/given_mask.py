@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import PngImagePlugin
 
 from hover_batch.errors import InputError
+from hover_batch.formatting import counted
 from hover_batch.geojson import polygons_of, read_features
 from hover_batch.geometry import Box, Size, qupath_origin
 from hover_batch.slide.formats import MAX_PICTURE_PIXELS, bands, exif_orientation, is_16_bit
@@ -240,13 +241,13 @@ def _read_geojson(path: Path) -> tuple[shapely.Geometry, list[str]]:
     names, warnings = ", ".join(sorted(set(classes[ignored]))), []
     if names:
         warnings.append(
-            f"{path}: {ignored.sum()} polygons of the class {names} are left out of the tissue, since QuPath "
-            "ignores classes whose names end with *; rename the class if they are tissue"
+            f"{path}: {counted(int(ignored.sum()), 'polygon')} of the class {names} left out of the tissue, since "
+            "QuPath ignores classes whose names end with *; rename the class if this is tissue"
         )
     if detected.any():
         warnings.append(
-            f"{path}: {detected.sum()} polygons are left out of the tissue, since they are detections of QuPath, such "
-            "as nuclei; export the annotations alone"
+            f"{path}: {counted(int(detected.sum()), 'detection')} of QuPath, such as nuclei, left out of the tissue; "
+            "export the annotations alone"
         )
     if outline.is_empty:
         others = [f"those of {names}, which QuPath ignores"] if names else []

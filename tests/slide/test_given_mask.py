@@ -320,7 +320,7 @@ def test_classes_that_qupath_ignores_are_no_tissue(tmp_path: Path, ignored: dict
     assert [mask[5, x] for x in (5, 35, 70, 95)] == [True, False, False, True]
     for canvas in ((), (Size(100, 100),)):
         (warning,) = check_mask(path, *canvas)
-        assert f"2 polygons of the class {name} are left out" in warning and "rename the class" in warning
+        assert f"2 polygons of the class {name} left out of the tissue" in warning and "rename the class" in warning
     path.write_text(json.dumps(features[1:3]))
     with pytest.raises(InputError, match=rf"no polygon besides those of {re.escape(name)}, which QuPath ignores"):
         check_mask(path)
@@ -335,7 +335,7 @@ def test_detections_are_no_tissue(tmp_path: Path, kind: dict[str, object]) -> No
     mask = given_mask(path, Size(100, 100), None, scale=1)
     assert [mask[5, x] for x in (5, 70)] == [True, False]
     (warning,) = check_mask(path, Size(100, 100))
-    assert "1 polygons are left out of the tissue, since they are detections" in warning
+    assert "1 detection of QuPath, such as nuclei, left out of the tissue" in warning
     path.write_text(json.dumps([nucleus]))
     with pytest.raises(InputError, match="no polygon besides detections, such as nuclei; give polygons as GeoJSON"):
         check_mask(path)
