@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from hover_batch.cohort.csv_rows import MISSING
 from hover_batch.dataset.quoting import identifier, text, text_list
@@ -24,11 +26,11 @@ _THOUSANDS = "^[-+]?[1-9][0-9]{0,2}([.][0-9]{3})+(,[0-9]+)?$"
 _OTHER_NUMBER = "^[-+]?([0-9]{4,}[.][0-9]+|0[.][0-9]+|[0-9]+[.]([0-9]{1,2}|[0-9]{4,})|[1-9][0-9]{0,2},[0-9]{3})$"
 """Numbers with a decimal point, and those whose comma may separate thousands: beside them, commas are not decimal."""
 
-_NUMBER = "^[-+]?[0-9][0-9.,]*([eE][-+]?[0-9]+)?$"
+_NUMBER = "^[-+]?[.,]?[0-9][0-9.,]*([eE][-+]?[0-9]+)?$"
 """Cells that a person would take for a number."""
 
-_IS_TEXT = "^(0[0-9]+|[0-9]{16,})$"
-"""Cells that look like numbers and are not, since a number would lose their zeros or last digits."""
+_IS_TEXT = "^(0[0-9]+|[0-9]{16,}|[-+]?0[xXbB].*)$"
+"""Cells that look like numbers and are not, since a number would lose their zeros or last digits, or is in base 16."""
 
 
 def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, slides: pa.Table) -> list[str]:
@@ -90,7 +92,7 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
     The name may differ in upper and lower case, which SQL ignores. InputError if there is no such column.
     """
 
-    def name_in(columns: list[str]) -> str:
+    def name_in(columns: Sequence[str]) -> str:
         for name in columns:
             if name.casefold() == on.casefold():
                 return name
@@ -99,7 +101,14 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
             f"{on}, or {_ON}"
         )
 
+    def check_once(columns: Sequence[str]) -> None:
+        """Raise InputError if two columns have the name, of which DuckDB would rename the second."""
+        names = [name for name in columns if name.casefold() == on.casefold()]
+        if len(names) > 1:
+            raise InputError(f"{path}: the columns {listed(names)} both mean {on}; keep one")
+
     if path.suffix.lower() in (".parquet", ".pq"):
+        check_once(pq.read_schema(path).names)
         source = f"read_parquet({text_list([path])})"
         names = connection.sql(f"FROM {source}").columns
         return source, name_in(names), set(names)
@@ -114,13 +123,18 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         "header": "true",
         "skip": str(int(for_excel)),
         # DuckDB would find a delimiter for which rows of different lengths are one column.
-        "delim": text(max(",;\t", key=header.count)),
+        "delim": text(delimiter := max(",;\t", key=header.count)),
+        # It would guess these from the rows, and apostrophes and # are common in them.
+        "quote": text('"'),
+        "escape": text('"'),
+        "comment": text(""),
         "nullstr": text_list(["", *(cell for name in MISSING for cell in (name, f" {name}", f"{name} "))]),
         "sample_size": "-1",
         # Cells such as yes, no and 01/02/2026 stay text: their meaning as a truth value or a date would be a guess.
         "auto_type_candidates": text_list(("BIGINT", "DOUBLE", "DATE", "VARCHAR")),
         "dateformat": text("%Y-%m-%d"),
     }
+    check_once(next(csv.reader([header], delimiter=delimiter), []))
     cells = _read_csv(path, options | {"all_varchar": "true"})
     columns = connection.sql(f"FROM {cells}").columns
     column = name_in(columns)

@@ -27,6 +27,7 @@ SLIDES = {
     "s9": ("", "", 100),
 }
 """patient_id, group and number of nuclei of each slide. A slide without nuclei has a quality flag."""
+PATIENTS = sorted({patient for patient, _, _ in SLIDES.values() if patient})
 
 
 @dataclass(frozen=True)
