@@ -120,6 +120,18 @@ def test_a_finished_run_is_not_run_again(cohort: Path, undisturbed: bytes, finis
     assert table.stat().st_mtime_ns == before and table.read_bytes() == undisturbed
 
 
+def test_a_table_that_was_changed_is_kept_beside_the_new_one(cohort: Path, undisturbed: bytes, finished: Path) -> None:
+    table = finished / "slides" / "field" / "nuclei.parquet"
+    pq.write_table(pq.read_table(table).slice(0, 5), table)
+    changed = table.read_bytes()
+    result = CliRunner().invoke(app, ["segment", str(cohort), "-o", str(finished), *SETTINGS])
+    kept = table.with_name("nuclei.changed.parquet")
+    assert result.exit_code == 0 and f"field: its nuclei.parquet was changed after the run; it is kept as {kept}" in (
+        " ".join(result.stderr.split())
+    )
+    assert table.read_bytes() == undisturbed and kept.read_bytes() == changed
+
+
 def test_a_shard_without_its_marker_is_adopted(cohort: Path, undisturbed: bytes, finished: Path) -> None:
     arguments = ["segment", str(cohort), "-o", str(finished), *SETTINGS]
     slide = finished / "slides" / "field"

@@ -18,8 +18,8 @@ RUN_COLUMNS = ("row", "status")
 """Columns that a run adds to the cohort's own in slides.csv."""
 MPP_COLUMNS = ("mpp_x", "mpp_y")
 """Pixel sizes in µm along x and y, given instead of mpp if they differ. slides.csv has them as extra columns."""
-MISSING = ("NA", "NaN", "nan", "#N/A")
-"""Cells in which R, pandas and Excel write that a value is missing."""
+MISSING = ("NA", "NaN", "nan", "#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!")
+"""Cells in which R, pandas and Excel write that a value is missing, or that a formula failed."""
 _CHECKED = ("path", "slide_id", "mpp", "magnification", "mask_path", *MPP_COLUMNS)
 """Columns in which such a cell is a fault, since a value is checked and an empty cell has a meaning."""
 _NEAR_MISSES = ("mpp", "mask")
@@ -77,11 +77,12 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     rows = []
     unnamed_is_filled = False
     missing: dict[str, int] = {}
+    marks: set[str] = set()
     for number, cells in lines:
         surplus = sum(1 for cell in cells[len(names) :] if cell)
         filled = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
         for name in [name for name, cell in filled.items() if cell in MISSING and name not in _CHECKED]:
-            del filled[name]
+            marks.add(filled.pop(name))
             missing[name] = missing.get(name, 0) + 1
         unnamed_is_filled = unnamed_is_filled or "" in filled
         known = {name: filled[name] for name in (*COLUMNS, *MPP_COLUMNS) if name in filled}
@@ -93,7 +94,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         warnings.append(f"{path}: a column without a name is ignored")
     if named := {name: count for name, count in missing.items() if name}:
         warnings.append(
-            f"{path}: cells with {', '.join(MISSING)} are read as empty: "
+            f"{path}: cells with {', '.join(sorted(marks))} are read as empty: "
             f"{', '.join(f'{count} in column {name}' for name, count in named.items())}; if this is a value, write it "
             "in another way"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from hover_batch.cohort.layout import SlideLayout
 from hover_batch.cohort.ledger import Ledger
 from hover_batch.cohort.record import SlideRecord, Stage
+from hover_batch.cohort.run_folder import slide_if_done
 from hover_batch.config import Settings
 from hover_batch.errors import HoverBatchError, PackageError, SlideQuarantined, TooManyFailures, file_fault
 from hover_batch.executor.disk_space import is_disk_full
@@ -110,18 +111,33 @@ class RunRecorder:
         """Open the slide's folder, record the start and show the slide's warnings. Return the paths of the slide.
 
         Unfinished work with the same run key stays; other work is removed, and so is an existing slide.json or
-        estimate.json. Call it only if `skip_done` is False for the slide.
+        estimate.json. A table that was changed after the slide was done is renamed, with a warning. Call it only if
+        `skip_done` is False for the slide.
 
         OSError if the folder or the log cannot be written.
         """
         slide_id = slide.record.slide_id
         self._started[slide_id] = time.monotonic()
+        self._keep_changed_table(slide_id)
         layout = self._ledger.open_slide(slide_id, self._run_keys[slide_id])
         self.log_event("slide_started", slide_id=slide_id)
         self._shown[slide_id] = slide.info.warnings
         for warning in slide.info.warnings:
             self.progress.warn(f"{slide_id}: {warning}")
         return layout
+
+    def _keep_changed_table(self, slide_id: str) -> None:
+        """Rename the slide's table of nuclei, with a warning, if it was changed after the slide was done."""
+        layout = self._ledger.layout.slide(slide_id)
+        stored, table = slide_if_done(layout), layout.nuclei_parquet
+        if stored is None or not table.is_file() or stored.get("nuclei_bytes") in (None, table.stat().st_size):
+            return
+        kept = table.with_name("nuclei.changed.parquet")
+        table.replace(kept)
+        self.progress.warn(
+            f"{slide_id}: its nuclei.parquet was changed after the run; it is kept as {kept}, and the table is written "
+            "again"
+        )
 
     def record_survey(self, slide_id: str, units: Sequence[Unit], inferred: Iterable[Unit], posted: int) -> None:
         """Log the numbers of a slide's units and tiles, and add its tiles and regions to the progress.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,14 +63,14 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
     `folder`: folder with the DICOM instances of one slide.
 
     InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
-    the instances have no pixel spacing, parts of a concatenation are missing, or two instances show the same level and
-    plane. Other errors of wsidicom propagate.
+    the instances have no pixel spacing, parts of a concatenation are missing, two instances show the same level and
+    plane, or wsidicom does not support an instance. Other errors of wsidicom propagate.
     """
-    slides = _slides_in(folder)
+    slides, files = _slides_in(folder)
     if len(slides) > 1:
         raise InputError(f"{folder}: holds several slides; give each a folder of its own: {'; '.join(slides)}")
     from wsidicom import WsiDicom
-    from wsidicom.errors import WsiDicomNoResolutionError
+    from wsidicom.errors import WsiDicomNoResolutionError, WsiDicomNotFoundError
 
     with quiet_wsidicom():
         try:
@@ -79,12 +79,22 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
             raise SlideError(
                 f"{folder}: the DICOM instances have no pixel spacing; add it, or convert the slide to TIFF"
             ) from error
+        except WsiDicomNotFoundError as error:
+            raise _unsupported(folder, files.values()) from error
         with wsi:
             if len(wsi.pyramids) > 1:
                 raise InputError(
                     f"{folder}: holds several slides: {len(wsi.pyramids)} pyramids of one series; give each a folder "
                     "of its own"
                 )
+            opened = {
+                str(data.uids.instance)
+                for level in wsi.pyramids[0]
+                for i in level.instances.values()
+                for data in i.datasets
+            }
+            if skipped := [name for uid, name in files.items() if uid not in opened]:
+                raise _unsupported(folder, skipped)
             for level in wsi.pyramids[0]:
                 instances = level.instances.values()
                 planes = [(z, path) for i in instances for z in i.focal_planes for path in i.optical_paths]
@@ -96,8 +106,18 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
             yield wsi
 
 
-def _slides_in(folder: Path) -> list[str]:
+def _unsupported(folder: Path, names: Collection[str]) -> SlideError:
+    """Return the SlideError to raise for files that wsidicom leaves out, to read a coarser level instead."""
+    return SlideError(
+        f"{folder}: the pixels or the header of {listed(names)} are of a kind that is not supported; convert the slide "
+        "to an OME-TIFF"
+    )
+
+
+def _slides_in(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Describe each slide whose pixels are in the folder; labels and overview images are ignored.
+
+    Also return the name of each file with such pixels by its SOPInstanceUID.
 
     SlideError if there is none, an instance cannot be read, or parts of a concatenation are missing.
     """
@@ -108,12 +128,13 @@ def _slides_in(folder: Path) -> list[str]:
     from pydicom.uid import VLWholeSlideMicroscopyImageStorage
 
     found: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    names_by_uid: dict[str, str] = {}
     concatenations: dict[str, list[Dataset]] = defaultdict(list)
     names = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
     for file in files:
         try:
             with quiet_wsidicom():
-                wanted = ["SOPClassUID", "ImageType", "ContainerIdentifier", *names, *_CONCATENATION]
+                wanted = ["SOPClassUID", "SOPInstanceUID", "ImageType", "ContainerIdentifier", *names, *_CONCATENATION]
                 header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=wanted)
         except Exception as error:  # pydicom raises exceptions of many kinds for broken files
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -121,14 +142,16 @@ def _slides_in(folder: Path) -> list[str]:
         if header.get("SOPClassUID") == VLWholeSlideMicroscopyImageStorage and "VOLUME" in header.get("ImageType", ()):
             identity = tuple(str(header.get(name, "")) for name in names)
             found[(str(header.get("ContainerIdentifier", "")), *identity)].append(file.name)
+            names_by_uid[str(header.get("SOPInstanceUID"))] = file.name
             if "ConcatenationUID" in header:
                 concatenations[str(header.ConcatenationUID)].append(header)
     for parts in concatenations.values():
         _check_concatenation(folder, parts)
-    return [
+    described = [
         f"{container or 'unnamed'}, series {series} ({', '.join(inside[:_NAMED])}{', …' * (len(inside) > _NAMED)})"
         for (container, _, series, _), inside in found.items()
     ]
+    return described, names_by_uid
 
 
 def _check_concatenation(folder: Path, parts: Sequence[Dataset]) -> None:

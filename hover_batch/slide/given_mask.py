@@ -267,6 +267,8 @@ def _is_detection(feature: Mapping[str, Any]) -> bool:
 def _class_of(properties: Any) -> str:
     """Return the name of a feature's class in QuPath, the last of the `names` of a derived class; "" without one."""
     classification = properties.get("classification") if isinstance(properties, dict) else None
+    if isinstance(classification, str):
+        return classification
     if not isinstance(classification, dict):
         return ""
     names = classification.get("names")

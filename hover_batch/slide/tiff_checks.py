@@ -190,11 +190,16 @@ def _check_dense(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> No
 def _check_plain(path: Path, tiff: tifffile.TiffFile) -> None:
     """Raise SlideError for a plain TIFF of several full-size pictures, of which only the first is read.
 
-    Also raise it if that one leaves out tiles. Pages of half its pixels and fewer are levels of a pyramid, labels or
-    thumbnails.
+    They are pages, pages below them (SubIFDs), or planes of the first page. Also raise SlideError if that one leaves
+    out tiles. Pages of half its pixels and fewer are levels of a pyramid, labels or thumbnails.
     """
     first, *others = (page for page in tiff.pages if isinstance(page, tifffile.TiffPage))
     _check_dense(path, first)
+    others += [below for page in (first, *others) for below in page.pages or () if isinstance(below, tifffile.TiffPage)]
+    # ImageJ and tifffile write a stack as one page, and say so in its description.
+    stacked = tiff.series[0].levels[0].size // max(1, first.size) if tiff.is_imagej or tiff.is_shaped else 1
+    if (planes := max(first.imagedepth, stacked)) > 1:
+        raise several_pictures(path, planes)
     large = [
         page
         for page in others

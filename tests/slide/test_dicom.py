@@ -137,6 +137,27 @@ def test_grey_is_refused(tmp_path: Path) -> None:
         peek(record(folder))
 
 
+@pytest.mark.parametrize("levels", [2, 1])
+@pytest.mark.parametrize("fault", ["deflated", "planar", "7 bits", "no width"])
+def test_an_instance_that_wsidicom_leaves_out_is_refused(tmp_path: Path, fault: str, levels: int) -> None:
+    """Without a word, the next coarser level would be read in its place, as if it were the slide."""
+    import pydicom
+
+    folder = flat_folder(tmp_path, "a", levels)
+    largest = pydicom.dcmread(folder / "a_level0.dcm")
+    if fault == "deflated":
+        largest.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    elif fault == "planar":
+        largest.PlanarConfiguration = 1
+    elif fault == "7 bits":
+        largest.BitsStored = 7
+    else:
+        del largest.TotalPixelMatrixColumns
+    largest.save_as(folder / "a_level0.dcm")
+    with pytest.raises(SlideError, match=r"of a_level0\.dcm are of a kind that is not supported; convert the slide"):
+        peek(record(folder))
+
+
 def test_two_pictures_of_one_plane_are_refused(tmp_path: Path) -> None:
     """wsidicom would read only one of them."""
     import pydicom

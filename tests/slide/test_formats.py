@@ -165,6 +165,31 @@ def test_a_tiff_of_several_pictures_is_refused(tmp_path: Path, layout: dict[str,
             assert peek(record(path, mpp=0.25)).warnings == ()
 
 
+@pytest.mark.parametrize("kind", ["imagej", "shaped", "volume", "below", "below, larger"])
+def test_several_pictures_of_one_page_are_refused(tmp_path: Path, kind: str) -> None:
+    path, stack = tmp_path / "a.tif", np.stack([FIELD, 255 - FIELD, FIELD])
+    if kind == "imagej":
+        tifffile.imwrite(path, stack, imagej=True, truncate=True, photometric="rgb", **QUARTER_PER_CM)
+    elif kind == "shaped":
+        tifffile.imwrite(path, stack, truncate=True, photometric="rgb", **QUARTER_PER_CM)
+    elif kind == "volume":
+        tifffile.imwrite(path, stack, volumetric=True, tile=(1, 128, 128), photometric="rgb", metadata=None)
+    else:
+        first = FIELD[::2, ::2] if kind == "below, larger" else FIELD
+        with tifffile.TiffWriter(path) as tiff:
+            tiff.write(np.ascontiguousarray(first), photometric="rgb", subifds=1, metadata=None, **TILES)
+            tiff.write(FIELD, photometric="rgb", metadata=None, **TILES)
+    with pytest.raises(SlideError, match=f"holds {2 if 'below' in kind else 3} full-size pictures; save each"):
+        peek(record(path, mpp=0.25))
+
+
+def test_levels_below_the_page_are_no_pictures_of_their_own(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(FIELD, photometric="rgb", subifds=1, metadata=None, **TILES)
+        tiff.write(np.ascontiguousarray(FIELD[::2, ::2]), photometric="rgb", subfiletype=1, metadata=None, **TILES)
+    assert peek(record(tmp_path / "a.tif", mpp=0.25)).level0 == Size(FIELD.shape[1], FIELD.shape[0])
+
+
 def test_an_ome_tiff_of_several_pictures_is_refused(tmp_path: Path) -> None:
     with tifffile.TiffWriter(tmp_path / "two.ome.tif") as tiff:
         for _ in range(2):

@@ -298,7 +298,7 @@ def test_area_that_is_covered_twice_is_tissue(tmp_path: Path, kind: str, coordin
     assert mask.sum() / 100 == pytest.approx(area, rel=0.01)  # pixels that the outline crosses count as a whole
 
 
-def feature(x: int, side: int, **classification: object) -> dict[str, object]:
+def feature(x: int, side: int, classification: object = None) -> dict[str, object]:
     properties = {"objectType": "annotation", **({"classification": classification} if classification else {})}
     return {
         "type": "Feature",
@@ -309,12 +309,21 @@ def feature(x: int, side: int, **classification: object) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     ("ignored", "name"),
-    [({"name": "Ignore*", "color": [180, 180, 180]}, "Ignore*"), ({"names": ["Tumor", "Fold*"]}, "Fold*")],
+    [
+        ({"name": "Ignore*", "color": [180, 180, 180]}, "Ignore*"),
+        ({"names": ["Tumor", "Fold*"]}, "Fold*"),
+        ("Ignore*", "Ignore*"),
+    ],
 )
-def test_classes_that_qupath_ignores_are_no_tissue(tmp_path: Path, ignored: dict[str, object], name: str) -> None:
+def test_classes_that_qupath_ignores_are_no_tissue(tmp_path: Path, ignored: object, name: str) -> None:
     """Neither beside the tissue nor on it; only Region*, for which QuPath has the star, too, is tissue."""
     path = tmp_path / "mask.geojson"
-    features = [feature(0, 40, name="Region*"), feature(30, 10, **ignored), feature(60, 20, **ignored), feature(90, 10)]
+    features = [
+        feature(0, 40, {"name": "Region*"}),
+        feature(30, 10, ignored),
+        feature(60, 20, ignored),
+        feature(90, 10),
+    ]
     path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     mask = given_mask(path, Size(100, 100), None, scale=1)
     assert [mask[5, x] for x in (5, 35, 70, 95)] == [True, False, False, True]

@@ -2,7 +2,8 @@
 
 dataset.csv has one row per image, with the columns sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 =
 background), types (uint8 PNG of class codes, or empty), source and split (train, val, test or a fold's number).
-Optional columns are group (patient or slide), tissue, magnification, which must be 40, and mpp, which must be 0.25.
+Optional columns are group (patient or slide), tissue, magnification, which must be 40, and mpp, or mpp_x and mpp_y,
+which must be 0.25. Names of columns may be in upper case.
 Paths are relative to the folder. Images must be at 40× (0.25 µm).
 """
 
@@ -33,7 +34,7 @@ FILES = ("image", "labels", "types")
 """Columns with paths."""
 MAGNIFICATION = 40
 """Magnification of the images."""
-SCALES = {"magnification": MAGNIFICATION, "mpp": MPP}
+SCALES = {"magnification": MAGNIFICATION, "mpp": MPP, "mpp_x": MPP, "mpp_y": MPP}
 """Optional columns that state the scale of an image, and the value that they must have."""
 
 
@@ -59,7 +60,7 @@ class InstanceFolder:
             lines = {row: [cell.strip() for cell in cells] for row, cells in enumerate(reader, 1) if cells}
         except csv.Error as error:
             raise InputError(f"{table} cannot be read as CSV ({error}); save it again as CSV UTF-8") from error
-        header = lines.pop(min(lines)) if lines else []
+        header = [name.lower() for name in lines.pop(min(lines))] if lines else []
         if repeated := sorted({c for c in header if c and header.count(c) > 1}):
             raise InputError(f"{table}: several columns {', '.join(repeated)}; keep one of each")
         if missing := [c for c in COLUMNS if c not in header]:
