@@ -273,6 +273,14 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
             r"row 2 has magnification obj\. x20; rescale",
         ),
         (
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER},MPP\n{ROW.strip()},0.5\n"),
+            "row 2 has mpp 0.5; rescale images and labels to 40",
+        ),
+        (
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER},mpp_x,mpp_y\n{ROW.strip()},0.25,0.5\n"),
+            "row 2 has mpp_y 0.5; rescale images and labels to 40",
+        ),
+        (
             lambda f: (f / "dataset.csv").write_text(f'{HEADER},mpp\n{ROW.strip()},"0,5"\n'),
             "row 2 has mpp 0,5; rescale images and labels to 40",
         ),
