@@ -11,9 +11,6 @@ color      position                                       color and blur
 none       position                                       unchanged
 ========== ============================================== ===========================================
 
-Half of the crops of `full` have the geometry of `turns`: rotation and scale interpolate the image, which blurs it, but
-most slides are predicted without interpolation.
-
 The ranges are meant to cover scanners and stains: 20× slides are upsampled for the network (hence the loss of
 resolution), JPEG tiles are common (hence recompression), hematoxylin and eosin vary independently between laboratories
 (hence stain jitter), and some scanners sharpen and darken until nuclei are black (hence gamma and unsharp masks).
@@ -40,8 +37,6 @@ LABEL_MARGIN = 32
 """Pixels by which labels extend beyond the image on each side, so that a nucleus at the edge of the crop has the
 distances of the whole nucleus, as when tiles are predicted with a margin."""
 
-ALIGNED = 0.5
-"""Share of the crops of `full` whose pixels are those of the image."""
 SCALE = (0.8, 1.25)
 """Smallest and largest magnification of `full`."""
 RIGHT = math.pi / 2
@@ -75,8 +70,7 @@ def random_view(
     teacher's output (channel, y, x) float16 for the whole image, as in `hover_batch.model.heads`; None without a
     teacher.
     """
-    aligned = kind == "full" and rng.random() < ALIGNED
-    view = random_geometry(sample, size, rng, "turns" if aligned else kind, planes)
+    view = random_geometry(sample, size, rng, kind, planes)
     if kind == "full":
         return view._replace(image=random_appearance(view.image, rng))
     if kind != "none":
