@@ -79,11 +79,6 @@ def read_whole(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def is_spreadsheet(content: bytes) -> bool:
-    """Return whether `content` begins like a workbook of Excel or LibreOffice, whatever the file is called."""
-    return content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"))
-
-
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path` for the block to write to.
@@ -105,6 +100,18 @@ def replacing(path: Path) -> Iterator[Path]:
         except OSError as error:  # its message would name the temporary file, such as when `path` is a folder
             raise OSError(error.errno, error.strerror, str(path)) from error
     _sync(path.parent)
+
+
+_OF_RUN = ("slides", "logs", "run.json", "slides.csv", "summary.csv", "summary.parquet", "failures.csv")
+"""Folders and files of a run that other commands must not write to."""
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the folder of the run that wrote the file `path`; None if it does not exist, or no run wrote it."""
+    for folder in path.resolve().parents if path.exists() else ():
+        if (folder / "run.json").is_file():
+            return folder if path.resolve().relative_to(folder).parts[0] in _OF_RUN else None
+    return None
 
 
 def check_output_file(
@@ -135,6 +142,8 @@ def check_output_file(
             if used in (path.resolve(), *path.resolve().parents):
                 where = "is" if used.is_file() else "is in"
                 raise InputError(f"{flag} {path}: {where} {used}, which must not change; name another file")
+        if run := _run_of(path):
+            raise InputError(f"{flag} {path}: belongs to the run in {run}; name another file")
         temporary = _hidden_name(path)
         temporary.touch(exist_ok=False)  # os.access does not know read-only file systems and too long names
         temporary.unlink()

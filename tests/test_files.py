@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,18 @@ def test_output_files_are_checked_before_the_work(tmp_path: Path, name: str, mes
         check_output_file("-o", tmp_path / name, (".csv",), [tmp_path / "run", tmp_path / "file.csv"])
     assert message.replace("{}", str(tmp_path)) in str(raised.value)
     assert len(list(tmp_path.rglob("*"))) == 5 and (tmp_path / "file.csv").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("run.json", True), ("slides/a/x.json", True), ("slides/new.json", False), ("mine.json", False)],
+)
+def test_files_of_a_run_are_not_replaced(tmp_path: Path, name: str, refused: bool) -> None:
+    for existing in ("run.json", "slides/a/x.json", "mine.json"):
+        (tmp_path / existing).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / existing).write_text("{}")
+    with pytest.raises(InputError, match="belongs to the run in") if refused else nullcontext():
+        check_output_file("--json", tmp_path / name, (".json",))
 
 
 def test_an_output_file_may_exist_or_need_a_folder(tmp_path: Path) -> None:

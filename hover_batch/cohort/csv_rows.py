@@ -11,7 +11,6 @@ from pathlib import Path
 
 from hover_batch.cohort.record import Url
 from hover_batch.errors import InputError
-from hover_batch.files import is_spreadsheet
 
 COLUMNS = ("path", "slide_id", "mpp", "magnification", "mask_path", "patient_id", "group")
 RUN_COLUMNS = ("row", "status")
@@ -99,6 +98,11 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
             "in another way"
         )
     return rows, warnings
+
+
+def is_spreadsheet(content: bytes) -> bool:
+    """Return whether `content` begins like a workbook of Excel or LibreOffice, whatever the file is called."""
+    return content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"))
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -18,6 +18,7 @@ from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.record import SlideRecord, Url
 from hover_batch.errors import InputError
 from hover_batch.files import json_object, read_file, read_json
+from hover_batch.formatting import counted, listed
 from hover_batch.geometry import Mpp
 
 RUN_FORMAT = "hover-batch run"
@@ -136,6 +137,25 @@ def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
     InputError if slides.csv is corrupted, or invalid after an edit, OSError if it cannot be read.
     """
     return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
+
+
+def note_of_unlisted(layout: RunLayout) -> str:
+    """Return a note on finished slides in the folder of the run that slides.csv does not list; "" if there are none.
+
+    Such are the slides of another cohort that was run into the same folder before. Commands leave them out.
+
+    `layout`: paths of the run.
+
+    InputError if slides.csv is corrupted, or invalid after an edit, OSError if it cannot be read.
+    """
+    finished = sorted(path.parent.name for path in layout.slides.glob("*/slide.json"))
+    slides = set(slide_layouts(layout)) if finished else ()
+    if not (others := [name for name in finished if name not in slides]):
+        return ""
+    return (
+        f"{layout.root} also holds finished slides that {layout.slides_csv.name} does not list, and that are left out: "
+        f"{counted(len(others), 'slide')} ({listed(others)}); to include them, run one cohort that lists all slides"
+    )
 
 
 def nuclei_if_done(slide: SlideLayout) -> int | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hover_batch.commands.options import RunArgument, place
+from hover_batch.commands.options import RunArgument, note_unlisted, place
 from hover_batch.errors import UploadError
 
 BUILD = "build"
@@ -82,6 +82,7 @@ def build(
     """
     from hover_batch.dataset.update import add_run
 
+    note_unlisted(run)
     try:
         added = add_run(run, dataset, slide or (), lambda line: typer.echo(line, err=True))
     except UploadError as error:

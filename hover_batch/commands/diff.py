@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hover_batch.commands.options import local_path
+from hover_batch.commands.options import local_path, note_unlisted
 from hover_batch.errors import InputError
 from hover_batch.files import check_output_file, to_json, write_atomically
 from hover_batch.formatting import counted, plain_console
@@ -104,6 +104,8 @@ def diff(
     from hover_batch.diff.cohort import Limits
     from hover_batch.diff.run import diff_runs
 
+    for run in (first, second):
+        note_unlisted(run)
     found = diff_runs(
         first,
         second,

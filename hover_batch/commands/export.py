@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hover_batch.cohort.layout import ALIASES, Format
-from hover_batch.commands.options import RunArgument, local_path
+from hover_batch.commands.options import RunArgument, local_path, note_unlisted
 from hover_batch.formatting import suggestion
 
 _NAMES = ", ".join(Format)
@@ -60,6 +60,7 @@ def export(
     """
     from hover_batch.exporting import export_run
 
+    note_unlisted(run)
     exported = export_run(run, to, output, slide or (), lambda line: typer.echo(line, err=True))
     for path in exported.files:
         typer.echo(path)

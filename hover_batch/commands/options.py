@@ -15,7 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from hover_batch.bucket import instead_of_url
+from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.record import Url
+from hover_batch.cohort.run_folder import note_of_unlisted
 from hover_batch.config import SECTION_OF, BackendChoice, Settings, nested
 from hover_batch.errors import InputError
 from hover_batch.files import given_path, read_whole
@@ -91,6 +93,12 @@ def local_path(text: str | Path) -> Path:
             f"{url}: is a URL, which only data sets and --output of `segment` and `plan` can be; {instead_of_url(url)}"
         )
     return given_path(str(text))
+
+
+def note_unlisted(run: Path) -> None:
+    """Note on stderr which finished slides in the folder `run` its slides.csv does not list; see `note_of_unlisted`."""
+    if note := note_of_unlisted(RunLayout(run)):
+        typer.echo(f"note: {note}", err=True)
 
 
 RunArgument = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hover_batch.commands.options import RunArgument, local_path
+from hover_batch.commands.options import RunArgument, local_path, note_unlisted
 
 
 def report(
@@ -29,4 +29,5 @@ def report(
     """
     from hover_batch.reporting import report_run
 
+    note_unlisted(run)
     typer.echo(report_run(run, output, lambda line: typer.echo(line, err=True)))

@@ -24,6 +24,7 @@ from hover_batch.commands.options import (
     SkipInvalidOption,
     batch_size,
     local_path,
+    note_unlisted,
     place,
     setting,
     settings_of,
@@ -261,6 +262,7 @@ def segment(
         from hover_batch.stored_run import StoredRun
 
         stored_run = StoredRun.open(from_run)
+        note_unlisted(from_run)
     settings = settings_of(ctx, stored_run.settings.to_dict() if stored_run else None)
     if settings.sample.stop_at:
         _refuse_whole_only({"--from": from_run, "--dataset": dataset})

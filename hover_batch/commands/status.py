@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hover_batch.commands.options import RunArgument
+from hover_batch.commands.options import RunArgument, note_unlisted
 
 
 def status(
@@ -26,5 +26,6 @@ def status(
     from hover_batch.status import read_status
 
     progress = read_status(output)
+    note_unlisted(output)
     for line in [progress.to_json()] if as_json else progress.lines():
         typer.echo(line)

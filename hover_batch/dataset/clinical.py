@@ -11,10 +11,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hover_batch.cohort.csv_rows import MISSING
+from hover_batch.cohort.csv_rows import MISSING, is_spreadsheet
 from hover_batch.dataset.quoting import identifier, text, text_list
 from hover_batch.errors import InputError
-from hover_batch.files import is_spreadsheet
 from hover_batch.formatting import counted, listed, nearest, suggestion
 
 _ON = "name another column with --on (in Python, the argument `on`)"

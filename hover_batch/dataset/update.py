@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +21,7 @@ from hover_batch.dataset.source import RunSource, taxonomy_json
 from hover_batch.dataset.writer import DatasetWriter, open_writer
 from hover_batch.errors import InputError, SlideError, exit_code
 from hover_batch.export.read import NucleiTable
+from hover_batch.export.summary import summary_schema
 from hover_batch.formatting import counted, listed
 from hover_batch.nuclei.table import table_schema
 from hover_batch.taxonomy import Taxonomy
@@ -66,6 +68,8 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
     """
     source = RunSource.open(folder)
     chosen = source.chosen(slide_ids)
+    if not chosen:
+        notify(f"{source.layout.slides_csv}: lists no slide; repeat the segment command, which writes it again")
     with open_writer(dataset, flag) as writer:
         update = _Update(source, writer, notify)
         update.run(chosen)
@@ -184,7 +188,25 @@ class _Update:
         taxonomy = Taxonomy.from_json(json.loads(entries[0].taxonomy))
         stored = self._rows_of(entries).select(FIXED.names).to_pylist()
         rows = [row | self._source.row(row["slide_id"], taxonomy) for row in stored]
+        self._note_changes(self._rows_of(entries).to_pylist(), rows, taxonomy)
         self._writer.commit(rows_table(rows, self._source.measured(taxonomy)))
+
+    def _note_changes(
+        self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], taxonomy: Taxonomy
+    ) -> None:
+        """Give a line about each column of the cohort CSV whose values of slides in the data set are replaced."""
+        own = {*FIXED.names, *summary_schema(taxonomy).names, "flags"} - {"patient_id", "group"}
+        for name in before[0]:
+            changed = [
+                f"{old['slide_id']}: {old[name]}, now {new.get(name) or 'empty'}"
+                for old, new in zip(before, after, strict=True)
+                if isinstance(old[name], str) and old[name] and name not in own and old[name] != new.get(name)
+            ]
+            if changed:
+                self._notify(
+                    f"the column {name} of {counted(len(changed), 'slide')} already in the data set is replaced by "
+                    f"that of the run's cohort ({listed(changed)})"
+                )
 
     def _rows_of(self, entries: Sequence[SlideEntry]) -> pa.Table:
         """Return the rows of slides in slides.parquet."""

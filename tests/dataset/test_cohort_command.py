@@ -73,6 +73,25 @@ def test_only_some_slides(made: MadeRun, dataset: Path) -> None:
     assert result.exit_code == 2 and "--slide d: is not a slide of this run" in said(result)
 
 
+def test_finished_slides_that_the_run_does_not_list_are_noted(made: MadeRun, dataset: Path, tmp_path: Path) -> None:
+    """As after a loop that segments one slide after the other into the same folder."""
+    root = made.layout.root
+    listing = made.layout.slides_csv.read_text().splitlines(keepends=True)
+    made.layout.slides_csv.write_text("".join(line for line in listing if "/b.svs" not in line))
+    note = f"note: {root} also holds finished slides that slides.csv does not list, and that are left out: 1 slide (b);"
+    for words in (
+        ["cohort", root, "-o", dataset],
+        ["export", root, "--to", "csv", "-o", tmp_path / "csv"],
+        ["report", root, "-o", tmp_path / "r.html"],
+        ["status", root],
+        ["diff", root, root],
+    ):
+        assert note in said(run(*words)), words
+    made.layout.slides_csv.unlink()
+    result = run("cohort", root, "-o", tmp_path / "other")
+    assert result.exit_code == 4 and "slides.csv: lists no slide; repeat the segment command" in said(result)
+
+
 def test_a_corrupted_table_is_skipped_and_the_old_rows_stay(made: MadeRun, dataset: Path) -> None:
     run("cohort", made.layout.root, "-o", dataset)
     old = made.table("a")

@@ -136,7 +136,15 @@ def test_a_corrected_row_changes_the_table_of_slides_only(nuclei: tuple[Any, Siz
     add_run(run.layout.root, dataset, (), silent)
     before = {path: path.stat().st_ino for path in dataset.rglob("nuclei/**/*.parquet")}
     run.list("b", patient="P2", site="north")
-    assert add_run(run.layout.root, dataset, (), silent).added == []
+    lines: list[str] = []
+    assert add_run(run.layout.root, dataset, (), lines.append).added == []
+    replaced = "of 1 slide already in the data set is replaced by that of the run's cohort"
+    assert lines[1:] == [f"the column patient_id {replaced} (b: P1, now P2)"]
+    run.list("b", patient="P2", site="")
+    add_run(run.layout.root, dataset, (), lines.append)
+    assert lines[3:] == [f"the column site {replaced} (b: north, now empty)"]
+    run.list("b", patient="P2", site="north")
+    add_run(run.layout.root, dataset, (), silent)
     rows = {row["slide_id"]: row for row in read_slides_table(dataset).to_pylist()}
     assert rows["b"]["patient_id"] == "P2" and rows["b"]["site"] == "north" and rows["a"]["patient_id"] == "P1"
     assert {path: path.stat().st_ino for path in dataset.rglob("nuclei/**/*.parquet")} == before
