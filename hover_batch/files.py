@@ -103,11 +103,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 _OF_RUN = ("slides", "logs", "run.json", "slides.csv", "summary.csv", "summary.parquet", "failures.csv")
-"""Folders and files of a run that other commands must not write to."""
+"""Folders and files of a run in which other commands must not replace files."""
 
 
 def _run_of(path: Path) -> Path | None:
-    """Return the folder of the run that wrote the file `path`; None if it does not exist, or no run wrote it."""
+    """Return the folder of the run to which the existing file `path` belongs; None if it belongs to none."""
     for folder in path.resolve().parents if path.exists() else ():
         if (folder / "run.json").is_file():
             return folder if path.resolve().relative_to(folder).parts[0] in _OF_RUN else None
@@ -123,7 +123,7 @@ def check_output_file(
     that files of other kinds are not overwritten by mistake. `read`: files and folders that the command reads; `path`
     must not be in them. `make_folder`: create a missing folder of `path`.
 
-    InputError if the file cannot be written.
+    InputError if the file cannot be written, is one that the command reads, or belongs to a run.
     """
     folder = path.absolute().parent
     try:

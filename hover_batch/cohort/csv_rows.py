@@ -18,7 +18,7 @@ RUN_COLUMNS = ("row", "status")
 MPP_COLUMNS = ("mpp_x", "mpp_y")
 """Pixel sizes in µm along x and y, given instead of mpp if they differ. slides.csv has them as extra columns."""
 MISSING = ("NA", "NaN", "nan", "#N/A", "#REF!", "#VALUE!", "#NAME?", "#DIV/0!", "#NUM!", "#NULL!")
-"""Cells in which R, pandas and Excel write that a value is missing, or that a formula failed."""
+"""Cells that R, pandas and Excel write for missing values and failed formulas."""
 _CHECKED = ("path", "slide_id", "mpp", "magnification", "mask_path", *MPP_COLUMNS)
 """Columns in which such a cell is a fault, since a value is checked and an empty cell has a meaning."""
 _NEAR_MISSES = ("mpp", "mask")
@@ -101,7 +101,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def is_spreadsheet(content: bytes) -> bool:
-    """Return whether `content` begins like a workbook of Excel or LibreOffice, whatever the file is called."""
+    """Return whether `content`, the first bytes of a file, is of an Excel or LibreOffice workbook or a ZIP archive."""
     return content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0"))
 
 
@@ -109,7 +109,7 @@ def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield (line on which it begins, stripped cells) of each record with a filled cell."""
     content = path.read_bytes()
     if is_spreadsheet(content):
-        raise InputError(f"{path}: is a spreadsheet or an archive, not a CSV; save it as CSV UTF-8")
+        raise InputError(f"{path}: is a spreadsheet or an archive, not a CSV; save the table as CSV UTF-8")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -142,7 +142,8 @@ def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
 def note_of_unlisted(layout: RunLayout) -> str:
     """Return a note on finished slides in the folder of the run that slides.csv does not list; "" if there are none.
 
-    Such are the slides of another cohort that was run into the same folder before. Commands leave them out.
+    They remain from other cohorts that were run into the same folder; commands leave them out. A slide counts if it has
+    a slide.json.
 
     `layout`: paths of the run.
 
@@ -153,8 +154,8 @@ def note_of_unlisted(layout: RunLayout) -> str:
     if not (others := [name for name in finished if name not in slides]):
         return ""
     return (
-        f"{layout.root} also holds finished slides that {layout.slides_csv.name} does not list, and that are left out: "
-        f"{counted(len(others), 'slide')} ({listed(others)}); to include them, run one cohort that lists all slides"
+        f"{layout.root}: {counted(len(others), 'finished slide')} {'is' if len(others) == 1 else 'are'} not in "
+        f"{layout.slides_csv.name} and left out ({listed(others)}); to include all slides, run a cohort that lists them"
     )
 
 

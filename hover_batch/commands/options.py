@@ -96,7 +96,10 @@ def local_path(text: str | Path) -> Path:
 
 
 def note_unlisted(run: Path) -> None:
-    """Note on stderr which finished slides in the folder `run` its slides.csv does not list; see `note_of_unlisted`."""
+    """Print a note on stderr if the run in `run` has finished slides that slides.csv does not list.
+
+    Errors as in `note_of_unlisted`.
+    """
     if note := note_of_unlisted(RunLayout(run)):
         typer.echo(f"note: {note}", err=True)
 
@@ -190,7 +193,7 @@ def place(text: str) -> Path | Url:
 
 
 def warn_of_unknown_variables(ctx: typer.Context) -> None:
-    """Warn on stderr about environment variables HOVER_BATCH_* that no command reads, such as misspelt ones.
+    """Warn on stderr about environment variables HOVER_BATCH_* that no command reads: misspelt or lower-case ones.
 
     `ctx`: context of the command. The warnings are lines of JSON if the command's log format is json, else text.
     """

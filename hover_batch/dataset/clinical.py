@@ -29,7 +29,7 @@ _NUMBER = "^[-+]?[.,]?[0-9][0-9.,]*([eE][-+]?[0-9]+)?$"
 """Cells that a person would take for a number."""
 
 _IS_TEXT = "^(0[0-9]+|[0-9]{16,}|[-+]?0[xXbB].*)$"
-"""Cells that look like numbers and are not, since a number would lose their zeros or last digits, or is in base 16."""
+"""Cells that stay text: leading zeros and digits beyond the 15th would be lost, and 0x10 would become 16."""
 
 
 def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, slides: pa.Table) -> list[str]:
@@ -38,15 +38,17 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
     They name ids that only one of the tables has, and columns of a CSV that became text although at least half of their
     cells look like numbers.
 
-    The values of the column `on` become text without spaces around them. In a CSV, a column with values such as 007, or
-    of 16 or more digits, becomes text, too, and empty cells, NA, NaN and #N/A are missing values. If semicolons or tabs
-    separate the cells, numbers may have decimal commas, and points that separate thousands. In a Parquet file, NaN is a
-    missing value. Rows without an id are left out.
+    The values of the column `on` become text without spaces around them. In a CSV, a column with values such as 007 or
+    0x10, or of 16 or more digits, becomes text, too. Empty cells and those in MISSING are missing values. Cells may be
+    quoted by " only, and # begins no comment. If semicolons or tabs separate the cells, numbers may have decimal
+    commas, and points that separate thousands. In a Parquet file, NaN is a missing value. Rows without an id are left
+    out.
 
     `connection`: DuckDB connection in which the table is created. `path`: CSV or Parquet file. `on`: column with the
     ids, in the file and in `slides`; in the file, upper and lower case do not matter. `slides`: table of the slides.
 
-    InputError if the file cannot be read, a column `on` is missing, an id is in two rows, or no id is in `slides`.
+    InputError if the file cannot be read or is a spreadsheet, no column or several columns are named `on`, an id is in
+    two rows, or no id is in `slides`.
     """
     if on not in slides.column_names:
         raise InputError(
@@ -76,7 +78,7 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
         doubts = _doubts_of_text(connection, path, doubtful)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); make the file readable") from error
-    except duckdb.Error as error:
+    except (duckdb.Error, pa.ArrowException) as error:
         reason = " ".join(str(error).split("\n\n")[0].splitlines()[:2])
         raise InputError(
             f"{path}: cannot be read as CSV (UTF-8, a header, equally many cells in all rows) or Parquet ({reason})"
@@ -88,7 +90,8 @@ def load_clinical(connection: duckdb.DuckDBPyConnection, path: Path, on: str, sl
 def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple[str, str, set[str]]:
     """Return the table function that reads the file, its name of the column `on`, and the columns that must be text.
 
-    The name may differ in upper and lower case, which SQL ignores. InputError if there is no such column.
+    The name may differ in upper and lower case, which SQL ignores. InputError if there is no such column or several, or
+    the file is a spreadsheet.
     """
 
     def name_in(columns: Sequence[str]) -> str:
@@ -101,10 +104,10 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         )
 
     def check_once(columns: Sequence[str]) -> None:
-        """Raise InputError if two columns have the name, of which DuckDB would rename the second."""
+        """Raise InputError if several columns have this name; DuckDB would rename all but the first."""
         names = [name for name in columns if name.casefold() == on.casefold()]
         if len(names) > 1:
-            raise InputError(f"{path}: the columns {listed(names)} both mean {on}; keep one")
+            raise InputError(f"{path}: several columns are named {on}, by any case: {listed(names)}; keep one")
 
     if path.suffix.lower() in (".parquet", ".pq"):
         check_once(pq.read_schema(path).names)
@@ -113,7 +116,7 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         return source, name_in(names), set(names)
     with path.open("rb") as binary:
         if is_spreadsheet(binary.read(8)):
-            raise InputError(f"{path}: is a spreadsheet or an archive, not a CSV; save it as CSV UTF-8")
+            raise InputError(f"{path}: is a spreadsheet or an archive, not a CSV; save the table as CSV UTF-8")
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
         if for_excel := header.lower().startswith(("sep=", '"sep=')):
@@ -123,7 +126,7 @@ def _source(connection: duckdb.DuckDBPyConnection, path: Path, on: str) -> tuple
         "skip": str(int(for_excel)),
         # DuckDB would find a delimiter for which rows of different lengths are one column.
         "delim": text(delimiter := max(",;\t", key=header.count)),
-        # It would guess these from the rows, and apostrophes and # are common in them.
+        # DuckDB would guess these from the rows, in which apostrophes and # are common.
         "quote": text('"'),
         "escape": text('"'),
         "comment": text(""),

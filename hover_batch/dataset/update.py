@@ -69,7 +69,7 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
     source = RunSource.open(folder)
     chosen = source.chosen(slide_ids)
     if not chosen:
-        notify(f"{source.layout.slides_csv}: lists no slide; repeat the segment command, which writes it again")
+        notify(f"{source.layout.slides_csv}: is missing or lists no slide; repeat the segment command, which writes it")
     with open_writer(dataset, flag) as writer:
         update = _Update(source, writer, notify)
         update.run(chosen)
@@ -194,18 +194,18 @@ class _Update:
     def _note_changes(
         self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], taxonomy: Taxonomy
     ) -> None:
-        """Give a line about each column of the cohort CSV whose values of slides in the data set are replaced."""
+        """Report, by column of the cohort CSV, the values that are replaced for slides already in the data set."""
         own = {*FIXED.names, *summary_schema(taxonomy).names, "flags"} - {"patient_id", "group"}
         for name in before[0]:
             changed = [
-                f"{old['slide_id']}: {old[name]}, now {new.get(name) or 'empty'}"
+                f"{old['slide_id']}: {old[name]} → {new.get(name) or 'empty'}"
                 for old, new in zip(before, after, strict=True)
                 if isinstance(old[name], str) and old[name] and name not in own and old[name] != new.get(name)
             ]
             if changed:
                 self._notify(
-                    f"the column {name} of {counted(len(changed), 'slide')} already in the data set is replaced by "
-                    f"that of the run's cohort ({listed(changed)})"
+                    f"{name}: replaced by the cohort's value for {counted(len(changed), 'slide')} already in the data "
+                    f"set ({listed(changed)})"
                 )
 
     def _rows_of(self, entries: Sequence[SlideEntry]) -> pa.Table:

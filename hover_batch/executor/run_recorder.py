@@ -111,7 +111,7 @@ class RunRecorder:
         """Open the slide's folder, record the start and show the slide's warnings. Return the paths of the slide.
 
         Unfinished work with the same run key stays; other work is removed, and so is an existing slide.json or
-        estimate.json. A table that was changed after the slide was done is renamed, with a warning. Call it only if
+        estimate.json. A table whose size differs from that in slide.json is renamed, with a warning. Call it only if
         `skip_done` is False for the slide.
 
         OSError if the folder or the log cannot be written.
@@ -127,7 +127,10 @@ class RunRecorder:
         return layout
 
     def _keep_changed_table(self, slide_id: str) -> None:
-        """Rename the slide's table of nuclei, with a warning, if it was changed after the slide was done."""
+        """Rename the table of nuclei, with a warning, if its size differs from that in slide.json.
+
+        A table that was renamed before is replaced.
+        """
         layout = self._ledger.layout.slide(slide_id)
         stored, table = slide_if_done(layout), layout.nuclei_parquet
         if stored is None or not table.is_file() or stored.get("nuclei_bytes") in (None, table.stat().st_size):

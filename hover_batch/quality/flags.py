@@ -56,7 +56,7 @@ _MIN_SPREAD = {"nuclei_per_mm2": 0.2, "area_um2": 0.12, "sharpness": 0.2, "seg_s
 """Minimum standard deviation of a cohort, logarithmic for factors, since serial sections are nearly equal."""
 
 _MIN_NUCLEI = 20
-"""Smallest number of nuclei whose medians say anything of the pixel size."""
+"""Minimum number of nuclei for the flag pixel_size."""
 _ON_TISSUE_SHARE = 0.5
 _BLURRED_SHARE = 0.3
 _INK_SHARE = 0.005

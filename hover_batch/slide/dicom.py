@@ -64,7 +64,7 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
 
     InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
     the instances have no pixel spacing, parts of a concatenation are missing, two instances show the same level and
-    plane, or wsidicom does not support an instance. Other errors of wsidicom propagate.
+    plane, or an instance is not supported by wsidicom. Other errors of wsidicom propagate.
     """
     slides, files = _slides_in(folder)
     if len(slides) > 1:
@@ -107,17 +107,17 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
 
 
 def _unsupported(folder: Path, names: Collection[str]) -> SlideError:
-    """Return the SlideError to raise for files that wsidicom leaves out, to read a coarser level instead."""
+    """Return the SlideError to raise for files that wsidicom skips; it would read a coarser level instead."""
     return SlideError(
-        f"{folder}: the pixels or the header of {listed(names)} are of a kind that is not supported; convert the slide "
-        "to an OME-TIFF"
+        f"{folder}: {listed(names)}: the encoding of the pixels or the header is not supported; convert the slide to "
+        "an OME-TIFF"
     )
 
 
 def _slides_in(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Describe each slide whose pixels are in the folder; labels and overview images are ignored.
+    """Return a description of each slide whose pixels are in the folder, and the names of its files by SOPInstanceUID.
 
-    Also return the name of each file with such pixels by its SOPInstanceUID.
+    Labels and overview images are ignored.
 
     SlideError if there is none, an instance cannot be read, or parts of a concatenation are missing.
     """

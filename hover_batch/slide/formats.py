@@ -170,7 +170,7 @@ def ome_tiff_header(path: Path) -> Header:
     powers = {objective.get("ID"): objective.get("NominalMagnification") for objective in _attributes(xml, "Objective")}
     used = [settings.get("ID") for image in images for settings in _attributes(image, "ObjectiveSettings")]
     power = to_float(powers.get(next(iter(used or powers), None)))
-    warnings = disagreement(size, size_in_tags, "its OME header and its resolution tags")
+    warnings = disagreement(size, size_in_tags, ("its OME header", "its resolution tag"))
     return Header(tuple(levels), size, None, "ome-tiff", power, (*warnings, *_warnings_of_channels(path, names)))
 
 

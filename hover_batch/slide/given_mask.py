@@ -67,8 +67,8 @@ def given_mask(path: Path, level0: Size, bounds: Box | None, scale: float) -> ND
 def check_mask(path: Path, level0: Size | None = None, bounds: Box | None = None) -> list[str]:
     """Return warnings about a tissue mask of the cohort, as sentences for the user; an empty list if there are none.
 
-    There is a warning if the mask covers the whole slide, lies outside of it by more than 1 %, has polygons of classes
-    that QuPath ignores or of detections, is so small that its unit is probably wrong, or is a PNG of another aspect
+    There is a warning if the mask covers the whole slide, lies outside of it by more than 1 %, holds detections, or
+    polygons of classes that QuPath ignores, is so small that its unit is probably wrong, or is a PNG of another aspect
     ratio than the slide.
 
     `path`: file of the mask, GeoJSON or PNG. `level0`: size of the slide's canvas in level-0 pixels; None to check only
@@ -265,7 +265,10 @@ def _is_detection(feature: Mapping[str, Any]) -> bool:
 
 
 def _class_of(properties: Any) -> str:
-    """Return the name of a feature's class in QuPath, the last of the `names` of a derived class; "" without one."""
+    """Return the name of a feature's class in QuPath, the last of the `names` of a derived class; "" without one.
+
+    A class may also be a plain text.
+    """
     classification = properties.get("classification") if isinstance(properties, dict) else None
     if isinstance(classification, str):
         return classification

@@ -107,19 +107,18 @@ def check_mpp(mpp: Mpp) -> None:
         raise InputError(f"mpp {mpp}: {fault}")
 
 
-def disagreement(used: StatedSize, ignored: StatedSize, what: str) -> tuple[str, ...]:
-    """Return a warning if a file gives two pixel sizes that differ by more than MPP_TOLERANCE (5 %); else none.
+def disagreement(used: StatedSize, ignored: StatedSize, what: tuple[str, str]) -> tuple[str, ...]:
+    """Return one warning if a file gives two pixel sizes that differ by more than MPP_TOLERANCE (5 %); else none.
 
-    `used`, `ignored`: the size that is used and the other one. `what`: where the file gives each, in this order, as
-    the warning's beginning.
+    `used`: pixel size that is used, in µm. `ignored`: the other one. `what`: names of their two sources, in this order.
     """
     if used.mpp is None or ignored.mpp is None:
         return ()
     if max(abs(ignored.mpp.x / used.mpp.x - 1), abs(ignored.mpp.y / used.mpp.y - 1)) <= MPP_TOLERANCE:
         return ()
     return (
-        f"{what} say {used.mpp} and {ignored.mpp} µm a pixel; the first is used, unless the cohort gives "
-        "another in the column mpp",
+        f"{what[0]} gives {used.mpp} µm per pixel, but {what[1]} {ignored.mpp}; the former is used unless the cohort "
+        "gives mpp; check which one is right",
     )
 
 
@@ -149,7 +148,7 @@ def warnings_of(mpp: Mpp, stated: Mpp | None, magnification: float | None) -> li
     if magnification is not None and not all(low <= size * magnification <= high for size in (mpp.x, mpp.y)):
         doubts.append(f"at a magnification of {magnification:g} about {10 / magnification:.2g} µm are expected")
     if doubts:
-        columns = "column mpp" if square else "columns mpp_x and mpp_y (or in mpp, if they are equal)"
+        columns = "column mpp" if square else "columns mpp_x and mpp_y (or in mpp, if both are equal)"
         messages.append(f"mpp {mpp}: {', and '.join(doubts)}; if it is wrong, give the right one in the {columns}")
     return messages
 

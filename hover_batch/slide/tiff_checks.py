@@ -190,8 +190,8 @@ def _check_dense(path: Path, page: tifffile.TiffPage | tifffile.TiffFrame) -> No
 def _check_plain(path: Path, tiff: tifffile.TiffFile) -> None:
     """Raise SlideError for a plain TIFF of several full-size pictures, of which only the first is read.
 
-    They are pages, pages below them (SubIFDs), or planes of the first page. Also raise SlideError if that one leaves
-    out tiles. Pages of half its pixels and fewer are levels of a pyramid, labels or thumbnails.
+    The pictures may be pages, SubIFDs or planes of the first page. Also raise SlideError if the first page lacks tiles.
+    Pages and SubIFDs of at most half its pixels are levels of a pyramid, labels or thumbnails.
     """
     first, *others = (page for page in tiff.pages if isinstance(page, tifffile.TiffPage))
     _check_dense(path, first)

@@ -31,7 +31,7 @@ SMALL_CANVAS_MM2 = 1.0
 
 _SMALL_CANVAS_TISSUE = 0.02
 _SPARSE = 0.25
-"""Stained share of a small canvas below which its densities are likely to be taken for those of tissue."""
+"""Stained share of a small canvas below which a warning says that its area includes glass."""
 _CLOSING_UM = 24.0
 _CHROMA = (10, 22)
 # Otsu's threshold is limited to this range: glass stays below 10 after white balance, and stained tissue is rarely
@@ -50,7 +50,7 @@ class TissueMask:
     given: bool = False
     """Whether the user supplied the mask, so that nuclei outside it are removed."""
     stained: float | None = None
-    """Stained share of a small canvas, which counts as tissue as a whole; None for others."""
+    """Stained share (0 to 1) of a small canvas whose tissue was detected; otherwise None."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -58,9 +58,8 @@ class TissueMask:
         if self.stained is None or not _SMALL_CANVAS_TISSUE <= self.stained < _SPARSE:
             return ()
         return (
-            f"only {self.stained:.0%} of the picture is stained, but all of it counts as tissue, since it is smaller "
-            f"than {SMALL_CANVAS_MM2:g} mm²: the density is per mm² of the picture; give the outline of the tissue as "
-            "mask_path for the density in tissue",
+            f"only {self.stained:.0%} of the picture is stained, but pictures below {SMALL_CANVAS_MM2:g} mm² count as "
+            "tissue as a whole, so densities include glass; give the tissue's outline as mask_path",
         )
 
     def meets(self, box: Box, grid: Grid) -> bool:

@@ -15,11 +15,11 @@ BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 @contextmanager
 def training_autocast(device: torch.device) -> Iterator[None]:
-    """Let torch compute convolutions and matrix products in bfloat16, but depthwise convolutions on a CPU in float32.
+    """Return a context manager in which torch computes convolutions and matrix products in bfloat16.
 
     It has no effect on devices that do not compute bfloat16 themselves. There, torch would emulate it, and a step would
-    take about ten times as long as in float32. Of depthwise convolutions on a CPU, only the forward pass is fast in
-    bfloat16: the gradients take several times as long as in float32, together half of a training step of the starter.
+    take about ten times as long as in float32. On a CPU, depthwise convolutions stay in float32: their gradients take
+    several times as long in bfloat16, about half of a training step of the starter.
 
     `device`: device of the network.
     """
@@ -36,9 +36,12 @@ def training_autocast(device: torch.device) -> Iterator[None]:
 
 
 class _DepthwiseInFloat32(TorchFunctionMode):
+    """Compute grouped convolutions, such as depthwise ones, in float32."""
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        # torch.nn.Conv2d passes the number of groups as the seventh positional argument.
         if func is torch.conv2d and len(args) == 7 and args[6] > 1:
             with torch.autocast("cpu", enabled=False):
                 return func(args[0].float(), *args[1:])

@@ -276,7 +276,7 @@ def test_a_path_beyond_what_the_system_takes(tmp_path: Path) -> None:
         ("path\na.svs\n".encode("utf-16"), "is not UTF-8 text"),
         (b"path\nPr\xe4parat.svs\n", "CSV UTF-8 or, if it is a slide such as a DICOM file, give its folder"),
         (b"path\na\0.svs\n", "zero bytes"),
-        (b"PK\x03\x04\x14\0", "is a spreadsheet or an archive, not a CSV; save it as CSV UTF-8"),
+        (b"PK\x03\x04\x14\0", "is a spreadsheet or an archive, not a CSV; save the table as CSV UTF-8"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is a spreadsheet"),
         (b'path,note\na.svs,"never closed\nb.tif,\n', "record from line 2 on is not CSV"),
     ],

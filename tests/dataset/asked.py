@@ -28,6 +28,7 @@ SLIDES = {
 }
 """patient_id, group and number of nuclei of each slide. A slide without nuclei has a quality flag."""
 PATIENTS = sorted({patient for patient, _, _ in SLIDES.values() if patient})
+"""Sorted patient_ids of the slides."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tables about patients, as Excel, R and pandas write them, are joined with the slides, or refused."""
+"""Tables about patients, as Excel, R and pandas write them, are joined with the slides or refused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_clinical_table_is_joined_by_ids_that_stay_text(asked: Asked, tmp_path
 
 
 def test_apostrophes_and_number_signs_in_a_clinical_table_are_text(asked: Asked, tmp_path: Path) -> None:
-    """Rows between two apostrophes would be one cell, and what follows # a comment."""
+    """DuckDB would read rows between two apostrophes as one cell, and text after # as a comment."""
     path = tmp_path / "clinical.csv"
     path.write_text(
         "patient_id,name,code,months\n001,'t Veld,0x10,12\n007,O',2,40\n#8,relapse #2,3,3\n"
@@ -106,9 +106,17 @@ def test_a_clinical_table_in_parquet_by_another_column(asked: Asked, tmp_path: P
         ("patient_id,x\n001,2\n", "patient", "did you mean patient_id?"),
         ("patient_id,x\n", "patient_id", "no patient_id in it is in the data set; it has none"),
         ("patient_id,x\n\xff001,2\n", "patient_id", "cannot be read as CSV"),
-        ("PK\x03\x04\x14", "patient_id", "clinical.csv: is a spreadsheet or an archive, not a CSV; save it as CSV"),
-        ("patient_id,Patient_ID,x\n001,002,1\n", "patient_id", "columns patient_id, Patient_ID both mean patient_id"),
-        ("patient_id,patient_id\n001,002\n", "patient_id", "patient_id, patient_id both mean patient_id; keep one"),
+        (
+            "PK\x03\x04\x14",
+            "patient_id",
+            "is a spreadsheet or an archive, not a CSV; save the table as CSV",
+        ),
+        (
+            "patient_id,Patient_ID,x\n001,002,1\n",
+            "patient_id",
+            "named patient_id, by any case: patient_id, Patient_ID",
+        ),
+        ("patient_id,patient_id\n001,002\n", "patient_id", ": patient_id, patient_id; keep one"),
         ("# exported\npatient_id,x\n001,2\n", "patient_id", "cannot be read as CSV"),
         ("", "patient_id", "clinical.csv"),
     ],
@@ -150,6 +158,12 @@ def test_nan_is_a_missing_value(asked: Asked, tmp_path: Path, suffix: str) -> No
     with hover_batch.open_cohort(asked.root, path) as cohort:
         found = cohort.sql("SELECT count(months) AS known, avg(months) AS mean FROM clinical")
     assert found.to_dict("list") == {"known": [2], "mean": [2.0]}
+
+
+def test_a_corrupted_parquet_file(asked: Asked, tmp_path: Path) -> None:
+    (tmp_path / "clinical.parquet").write_bytes(b"PAR1 and no more")
+    said = ask("query", asked.root, "SELECT 1", "--join", tmp_path / "clinical.parquet", exit_code=2).stderr
+    assert "clinical.parquet: cannot be read as CSV" in said
 
 
 def test_a_clinical_table_that_does_not_exist(asked: Asked, tmp_path: Path) -> None:

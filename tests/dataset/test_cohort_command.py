@@ -74,11 +74,11 @@ def test_only_some_slides(made: MadeRun, dataset: Path) -> None:
 
 
 def test_finished_slides_that_the_run_does_not_list_are_noted(made: MadeRun, dataset: Path, tmp_path: Path) -> None:
-    """As after a loop that segments one slide after the other into the same folder."""
+    """They remain after segmenting slides one by one into the same folder."""
     root = made.layout.root
     listing = made.layout.slides_csv.read_text().splitlines(keepends=True)
     made.layout.slides_csv.write_text("".join(line for line in listing if "/b.svs" not in line))
-    note = f"note: {root} also holds finished slides that slides.csv does not list, and that are left out: 1 slide (b);"
+    note = f"note: {root}: 1 finished slide is not in slides.csv and left out (b); to include all slides, run a"
     for words in (
         ["cohort", root, "-o", dataset],
         ["export", root, "--to", "csv", "-o", tmp_path / "csv"],
@@ -89,7 +89,7 @@ def test_finished_slides_that_the_run_does_not_list_are_noted(made: MadeRun, dat
         assert note in said(run(*words)), words
     made.layout.slides_csv.unlink()
     result = run("cohort", root, "-o", tmp_path / "other")
-    assert result.exit_code == 4 and "slides.csv: lists no slide; repeat the segment command" in said(result)
+    assert result.exit_code == 4 and "slides.csv: is missing or lists no slide; repeat the segment" in said(result)
 
 
 def test_a_corrupted_table_is_skipped_and_the_old_rows_stay(made: MadeRun, dataset: Path) -> None:

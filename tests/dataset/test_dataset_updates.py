@@ -138,11 +138,11 @@ def test_a_corrected_row_changes_the_table_of_slides_only(nuclei: tuple[Any, Siz
     run.list("b", patient="P2", site="north")
     lines: list[str] = []
     assert add_run(run.layout.root, dataset, (), lines.append).added == []
-    replaced = "of 1 slide already in the data set is replaced by that of the run's cohort"
-    assert lines[1:] == [f"the column patient_id {replaced} (b: P1, now P2)"]
+    replaced = "replaced by the cohort's value for 1 slide already in the data set"
+    assert lines[1:] == [f"patient_id: {replaced} (b: P1 → P2)"]
     run.list("b", patient="P2", site="")
     add_run(run.layout.root, dataset, (), lines.append)
-    assert lines[3:] == [f"the column site {replaced} (b: north, now empty)"]
+    assert lines[3:] == [f"site: {replaced} (b: north → empty)"]
     run.list("b", patient="P2", site="north")
     add_run(run.layout.root, dataset, (), silent)
     rows = {row["slide_id"]: row for row in read_slides_table(dataset).to_pylist()}

@@ -230,8 +230,8 @@ def test_an_ome_header_that_contradicts_the_resolution_gives_a_warning(
     path = written(tmp_path / "a.ome.tif", FIELD, metadata={"axes": "YXS", **stated}, **resolution, **TILES)
     info = peek(record(path))
     assert info.mpp == Mpp(0.25, 0.25)
-    said = ("its OME header and its resolution tags say 0.25 and 0.5 µm a pixel; the first is used",)
-    assert tuple(warning.split(", unless")[0] for warning in info.warnings) == said * warned
+    said = ("its OME header gives 0.25 µm per pixel, but its resolution tag 0.5; the former is used",)
+    assert tuple(warning.split(" unless")[0] for warning in info.warnings) == said * warned
 
 
 def test_an_ome_tiff_of_pictures_with_different_axes_is_refused(tmp_path: Path) -> None:

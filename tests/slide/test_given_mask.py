@@ -337,7 +337,7 @@ def test_classes_that_qupath_ignores_are_no_tissue(tmp_path: Path, ignored: obje
 
 @pytest.mark.parametrize("kind", [{"id": "PathCellObject"}, {"properties": {"objectType": "detection"}}], ids=str)
 def test_detections_are_no_tissue(tmp_path: Path, kind: dict[str, object]) -> None:
-    """As in an export of all objects, or in the nuclei of a run, given by mistake."""
+    """For example, QuPath's export of all objects, or the exported nuclei of a run."""
     path = tmp_path / "mask.geojson"
     nucleus = {**feature(60, 20), "properties": {}, **kind}
     path.write_text(json.dumps([feature(0, 40), nucleus]))

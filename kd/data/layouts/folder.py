@@ -3,7 +3,7 @@
 dataset.csv has one row per image, with the columns sample_id, image (RGB PNG), labels (uint16 PNG of instance ids, 0 =
 background), types (uint8 PNG of class codes, or empty), source and split (train, val, test or a fold's number).
 Optional columns are group (patient or slide), tissue, magnification, which must be 40, and mpp, or mpp_x and mpp_y,
-which must be 0.25. Names of columns may be in upper case.
+which must be 0.25 µm per pixel. Upper and lower case of column names do not matter.
 Paths are relative to the folder. Images must be at 40× (0.25 µm).
 """
 
