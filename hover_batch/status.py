@@ -165,7 +165,8 @@ class RunStatus:
         lines += [f"  {name}: {estimate_line(estimate)}" for name, estimate in [*self.estimates.items()][:LISTED]]
         if len(self.estimates) > LISTED:
             lines.append(f"  … and {len(self.estimates) - LISTED:,} more estimated")
-        lines.append(f"nuclei: {self.nuclei:,} in {counted(self.done, 'slide')}")
+        if self.slides is not None:
+            lines.append(f"nuclei: {self.nuclei:,} in {counted(self.done, 'slide')}")
         if self.log.upload_url:
             lines.append(f"uploaded: {counted(self.log.uploaded, 'slide')} to {self.log.upload_url}")
         if self.flags:

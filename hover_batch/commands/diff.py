@@ -171,8 +171,8 @@ def _print(cohort: CohortDiff) -> None:
             mean = cohort.mean_change(name)
             span = "" if mean.low is None else f", 95 % interval {change(mean.low)} to {change(mean.high)}"
             left_out = f", {counted(mean.undefined, 'slide')} without it in A left out" if mean.undefined else ""
-            line = f"{name}: mean change {change(mean.mean)}{span}, n = {mean.n} {cohort.unit}{left_out}"
-            console.print(line, soft_wrap=True)
+            n = counted(mean.n, cohort.unit.removesuffix("s"))
+            console.print(f"{name}: mean change {change(mean.mean)}{span}, n = {n}{left_out}", soft_wrap=True)
         _print_confusion(console, confusion)
     for missing in cohort.missing:
         console.print(f"not compared: {missing.slide_id}, done in {missing.done_in}; {missing.reason}", soft_wrap=True)
