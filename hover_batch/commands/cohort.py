@@ -82,10 +82,10 @@ def build(
     """
     from hover_batch.dataset.update import add_run
 
-    note_unlisted(run)
     try:
         added = add_run(run, dataset, slide or (), lambda line: typer.echo(line, err=True))
     except UploadError as error:
         raise UploadError(f"{error}; repeat the command: what was added stays, and the rest is added then") from error
+    note_unlisted(run)
     typer.echo(dataset)
     raise typer.Exit(added.exit_code)

@@ -104,8 +104,6 @@ def diff(
     from hover_batch.diff.cohort import Limits
     from hover_batch.diff.run import diff_runs
 
-    for run in (first, second):
-        note_unlisted(run)
     found = diff_runs(
         first,
         second,
@@ -113,6 +111,8 @@ def diff(
         pictures=html_file is not None,
         notify=lambda line: typer.echo(line, err=True),
     )
+    for run in (first, second):
+        note_unlisted(run)
     if json_file is not None:
         write_atomically(json_file, to_json(found.to_json()))
     if html_file is not None:

@@ -60,8 +60,8 @@ def export(
     """
     from hover_batch.exporting import export_run
 
-    note_unlisted(run)
     exported = export_run(run, to, output, slide or (), lambda line: typer.echo(line, err=True))
+    note_unlisted(run)
     for path in exported.files:
         typer.echo(path)
     raise typer.Exit(exported.exit_code)

@@ -29,5 +29,5 @@ def report(
     """
     from hover_batch.reporting import report_run
 
-    note_unlisted(run)
     typer.echo(report_run(run, output, lambda line: typer.echo(line, err=True)))
+    note_unlisted(run)
