@@ -23,6 +23,8 @@ from hover_batch.errors import InputError
 Rgb = tuple[int, int, int]
 RESERVED_NAMES = ("background", "nuclei")
 """Reserved names: background is class 0, and a summary's nuclei_per_mm2 counts all classes together."""
+ESTIMATE = "estimated_"
+"""Beginning of the columns of estimates in a summary; the names of classes must not begin with it."""
 MAX_CLASSES = 256
 """Maximum number of classes in a taxonomy, background included, since an id is one byte in the tables."""
 
@@ -131,6 +133,8 @@ class Taxonomy:
             if len(levels) != 3 or len(color) != 3:
                 raise ValueError(f"taxonomy: class {label:.40} has the colour {color!r:.40}")
             classes.append(NucleusClass(class_id, label, (levels[0], levels[1], levels[2])))
+        if any(c.name.casefold().startswith(ESTIMATE) for c in classes):
+            raise ValueError(f"taxonomy: names that begin with {ESTIMATE} are reserved for estimates")
         if twins := _twins([*(c.name for c in classes), "nuclei"]):
             raise ValueError(
                 f"taxonomy: the names {_list(twins)} are the same, or differ in upper and lower case only (nuclei is "
@@ -156,6 +160,8 @@ def _members_and_color(name: str, value: Any) -> tuple[list[str], Rgb | None]:
             f"class map: {name!r} cannot name a class; use letters, digits, `.`, `_`, `-`, and neither of "
             f"{_list(RESERVED_NAMES)}"
         )
+    if name.casefold().startswith(ESTIMATE):
+        raise InputError(f"class map: {name!r} cannot name a class, since {ESTIMATE} begins the columns of estimates")
     table = value if isinstance(value, Mapping) else {"classes": value}
     members, color = table.get("classes"), table.get("color")
     if (

@@ -220,6 +220,7 @@ ALL = ["miscellaneous", "inflammatory", "epithelial", "spindle"]
         ({"background": ALL}, "'background' cannot name a class"),
         ({"nuclei": ALL}, "'nuclei' cannot name a class"),
         ({"Nuclei": ALL}, "'Nuclei' cannot name a class"),
+        ({"Estimated_x": ALL}, "'Estimated_x' cannot name a class, since estimated_ begins the columns"),
         ({"a b": ALL}, "'a b' cannot name a class"),
         ({"Tumor": ALL[:2], "tumor": ALL[2:]}, "Tumor, tumor differ in upper and lower case only"),
         ({"a": "spindle"}, "write a ="),

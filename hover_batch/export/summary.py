@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.errors import InputError
 from hover_batch.files import naming, replacing
-from hover_batch.taxonomy import NucleusClass, Taxonomy
+from hover_batch.taxonomy import ESTIMATE, NucleusClass, Taxonomy
 from hover_batch.uncertainty import CountError
 
 Row = dict[str, Any]
@@ -39,8 +39,6 @@ COUNT_ERROR = "count_error"
 
 STAGE = "seconds_"
 """Beginning of the names of the columns with the seconds of a stage."""
-ESTIMATE = "estimated_"
-"""Beginning of the names of the columns of slides whose density is estimated from a part of them."""
 _BATCH = 131_072
 
 

@@ -27,8 +27,9 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
       channels.
     - `brown`: share of the stained pixels that absorb more blue than red, and over 10 % more blue than green, as DAB
       does; 0 if no pixel is stained.
-    - `chroma`: 95th percentile over the scanned pixels of the largest of R, G and B minus the smallest (0 to 255); 0 if
-      no pixel was scanned.
+    - `chroma`: 95th percentile of the largest of R, G and B minus the smallest (0 to 255), over the scanned pixels or
+      over those of them whose R, G and B are below 200, whichever is larger, since a biopsy may cover less than 5 % of
+      its slide; 0 if no pixel was scanned.
     - `dark`: share of all pixels whose R, G and B are below 200, including those that were not scanned.
 
     `image`: RGB (y, x, 3) uint8, without drawings. `pixel_um`: side of its pixels in µm.
@@ -47,9 +48,10 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
     black = (high < 60) & (chroma < 12) & scanned  # dark nuclei are purple
     spots = cv2.morphologyEx((blue_or_green | red | black).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     brown = stained & (od_blue > 1.1 * od_green) & (od_blue > od_red)
+    dark = scanned & (high < 200)
     return {
         "ink": float(spots.mean()),
         "brown": float(brown.sum() / stained.sum()) if stained.any() else 0.0,
-        "chroma": float(np.percentile(chroma[scanned], 95)) if scanned.any() else 0.0,
+        "chroma": max((float(np.percentile(chroma[of], 95)) for of in (scanned, dark) if of.any()), default=0.0),
         "dark": float((high < 200).mean()),
     }

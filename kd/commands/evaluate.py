@@ -102,7 +102,8 @@ def evaluate(
         raise InputError("--beside: is shown in the picture, but there is none; give its file with --panel")
     for flag, file, ending in (("--json", json_file, ".json"), ("--panel", panel, ".png")):
         if file:  # --against recognises an evaluation by its ending
-            check_output_file(flag, file, (ending,))
+            # The annotated images are PNG files, too.
+            check_output_file(flag, file, (ending,), read=(data,) if file == panel else ())
     post = PostSettings(sobel_norm=sobel_norm, min_area_px=min_area_px)
 
     from kd.commands.score_tables import show

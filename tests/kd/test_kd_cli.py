@@ -123,6 +123,11 @@ def test_evaluate_says_what_is_wrong(folder, package, flags, message):
     assert message in str(result.exception)
 
 
+def test_evaluate_writes_no_picture_over_the_data(folder, package):
+    result = run("evaluate", package, "--data", folder, "--panel", folder / "panel.png")
+    assert isinstance(result.exception, InputError) and "which must not change" in str(result.exception)
+
+
 def test_evaluate_knows_two_scalings_of_sobel_maps(folder, package):
     result = run("evaluate", package, "--data", folder, "--sobel-norm", "none")
     assert result.exit_code == 2

@@ -115,6 +115,11 @@ MASKS, IMAGES, TYPES = "Fold 2/masks/fold2/masks.npy", "Fold 2/images/fold2/imag
         (lambda f: shutil.rmtree(f / "Fold 2" / "masks"), r"masks\.npy is missing"),
         (lambda f: (f / TYPES).unlink(), r"types\.npy is missing"),
         (lambda f: shutil.copytree(f / "Fold 1", f / "Fold1"), "fold 1 occurs twice"),
+        (
+            lambda f: (f / "Fold 2/images/fold2").rename(f / "Fold 2/images/Fold2"),
+            "Fold2: is not a fold, which are fold0",
+        ),
+        (lambda f: (f / "Fold 2/images/fold2").rename(f / "Fold 2/images/fold10"), "fold10: is not a fold"),
         (lambda f: _change(f / MASKS, lambda a: a[:1]), r"masks\.npy has 1 entries, but images\.npy 2"),
         (lambda f: _change(f / TYPES, lambda a: a[:1]), r"types\.npy has 1 entries, but images\.npy 2"),
         (lambda f: _change(f / MASKS, lambda a: a[..., :5]), r"should be numbers \(n, y, x, 6\)"),

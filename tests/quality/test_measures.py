@@ -89,6 +89,12 @@ def test_brown_and_grey(field: tuple[Picture, NDArray[np.bool_]]) -> None:
     assert picture_measures(grey, 0.25)["chroma"] == 0
 
 
+def test_a_small_biopsy_on_much_glass_is_not_grey(field: tuple[Picture, NDArray[np.bool_]]) -> None:
+    slide = np.full((1500, 4400, 3), 245, np.uint8)
+    slide[500:1000, 500:1000] = field[0][:500, :500]
+    assert picture_measures(slide, 0.25)["chroma"] > 20
+
+
 @pytest.mark.parametrize("value", [0, 255])
 @pytest.mark.parametrize("side", [1, 100])
 def test_pictures_of_nothing(value: int, side: int) -> None:

@@ -7,6 +7,7 @@ the background. Files have up to 8 GB of float64 values, so they are memory-mapp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,16 @@ class PanNuke:
 
 
 def _folds(folder: Path) -> dict[str, Path]:
-    """Return by fold number the folder with `images` and `masks`, at most three levels deep."""
+    """Return by fold number the folder with `images` and `masks`, at most three levels deep.
+
+    InputError if a fold occurs twice, or has a name that would not be read.
+    """
     found: dict[str, Path] = {}
     for depth in ("", "*/", "*/*/"):
-        for path in sorted(folder.glob(f"{depth}*/fold[0-9]")):
+        for path in sorted(folder.glob(f"{depth}*/[Ff]old*")):
             if path.parent.name in ("images", "masks") and path.is_dir():
+                if not re.fullmatch("fold[0-9]", path.name):
+                    raise InputError(f"{path}: is not a fold, which are fold0 to fold9; rename or move the folder")
                 fold, root = path.name.removeprefix("fold"), path.parent.parent
                 if found.setdefault(fold, root) != root:
                     raise InputError(f"{folder}: fold {fold} occurs twice, in {found[fold]} and in {root}; keep one")
