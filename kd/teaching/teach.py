@@ -106,10 +106,11 @@ def teach(
         )
     teacher_taxonomy, data_taxonomy = package.card.taxonomy, taxonomy_of(data)
     if teacher_taxonomy.classes != data_taxonomy.classes:
+        names, wanted = (", ".join(c.name for c in t.classes) for t in (teacher_taxonomy, data_taxonomy))
         raise InputError(
             f"--teacher {teacher}: its classes are those of {teacher_taxonomy.name}, but the data's are those of "
-            f"{data_taxonomy.name}; give a teacher with the data's classes, or other --classes to `hover-batch kd "
-            "prepare`"
+            f"{data_taxonomy.name} ({names} against {wanted}); give a teacher with the data's classes, or other "
+            "--classes to `hover-batch kd prepare`"
         )
     outputs = TeacherCache.create(cache, package, tta)
     with locked(cache / LOCK, "-o"), task_resources(engine, cache / "ray.log") as resources:
