@@ -94,12 +94,12 @@ def test_a_misspelt_command_is_guessed_once(typed: tuple[str, ...]) -> None:
 
 
 def test_misspelt_variables_are_warned_of(tmp_path: Path) -> None:
-    env = {"HOVER_BATCH_BATHC": "4", "HOVER_BATCH_CACHE": "x", "HOVER_BATCH_HALO": "64", "hover_batch_q": "1"}
+    env = {"HOVER_BATCH_BATHC": "4", "HOVER_BATCH_CACHE": "x", "HOVER_BATCH_HALO": "64", "HOVER_BATCH_Q": "1"}
     said = "environment variable HOVER_BATCH_BATHC is not known, and has no effect; did you mean HOVER_BATCH_BATCH?"
     for command in (["plan", tmp_path / "none.csv"], ["status", tmp_path], ["segment", "-o", tmp_path / "out"]):
         first, second, *_ = run(*command, env=env).stderr.splitlines()
         assert first == f"Warning: the {said}"
-        assert second == "Warning: the environment variable hover_batch_q is not known, and has no effect"
+        assert second == "Warning: the environment variable HOVER_BATCH_Q is not known, and has no effect"
     lines = run("segment", "-o", tmp_path / "out", "--log-format", "json", env=env).stderr.splitlines()
     assert [json.loads(line)["level"] for line in lines] == ["warning", "warning", "error"]
 

@@ -141,3 +141,12 @@ def test_an_interruption_while_the_commands_are_built_ends_without_a_traceback(m
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
+
+
+def test_variables_in_lower_case_are_warned_of(tmp_path: Path) -> None:
+    env = {"hover_batch_q": "1", "HOVER_BATCH_Q": "1", "hover_batch_batch": "4"}
+    said = CliRunner().invoke(app, ["status", str(tmp_path)], env=env).stderr.splitlines()
+    none = "is not known, and has no effect"
+    assert said[0] == f"Warning: the environment variable HOVER_BATCH_Q {none}"
+    assert said[1].startswith(f"Warning: the environment variable hover_batch_batch {none}; did you mean HOVER_BATCH_B")
+    assert said[2] == f"Warning: the environment variable hover_batch_q {none}"

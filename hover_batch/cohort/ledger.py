@@ -25,7 +25,14 @@ from hover_batch.cohort.events import EventLog
 from hover_batch.cohort.layout import RunLayout, SlideLayout
 from hover_batch.cohort.manifest import Cohort
 from hover_batch.cohort.record import SlideRecord, Url
-from hover_batch.cohort.run_folder import RUN_FORMAT, estimate_of, nuclei_if_done, read_run, slide_if_done
+from hover_batch.cohort.run_folder import (
+    RUN_FORMAT,
+    estimate_of,
+    nuclei_if_done,
+    read_run,
+    slide_if_done,
+    unlisted_slides,
+)
 from hover_batch.cohort.run_key import ModelId, refuse_changes, refuse_other_slides, run_identity
 from hover_batch.cohort.run_lock import locked
 from hover_batch.config import Settings
@@ -160,9 +167,7 @@ class Ledger:
 
     def orphans(self, cohort: Cohort) -> list[str]:
         """Return the sorted slide_ids of the slides with a slide.json in the output folder that are not in `cohort`."""
-        known = {record.slide_id for record in cohort.records}
-        finished = [slide.slide_id for slide in self._slides() if slide.slide_json.is_file()]
-        return [slide_id for slide_id in finished if slide_id not in known]
+        return unlisted_slides(self.layout, {record.slide_id for record in cohort.records})
 
     def _slides(self) -> Iterator[SlideLayout]:
         """Yield the slides that have a folder here, by name; folders whose name is not a slide_id are skipped."""

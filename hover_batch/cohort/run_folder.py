@@ -5,10 +5,11 @@ All commands read a run through this module, so that a missing or corrupted file
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -139,19 +140,30 @@ def slide_layouts(layout: RunLayout) -> dict[str, SlideLayout]:
     return {record.slide_id: layout.slide(record.slide_id) for record in read_slides(layout) or ()}
 
 
+def unlisted_slides(layout: RunLayout, known: Collection[str]) -> list[str]:
+    """Return the sorted slide_ids of the slides with a slide.json in the folder of the run that are not in `known`.
+
+    Folders whose name is not a slide_id are skipped. `layout`: paths of the run.
+    """
+    unlisted = []
+    for path in sorted(layout.slides.glob("*/slide.json")):
+        if path.parent.name not in known:
+            with contextlib.suppress(InputError):
+                unlisted.append(layout.slide(path.parent.name).slide_id)
+    return unlisted
+
+
 def note_of_unlisted(layout: RunLayout) -> str:
     """Return a note on finished slides in the folder of the run that slides.csv does not list; "" if there are none.
 
-    They remain from other cohorts that were run into the same folder; commands leave them out. A slide counts if it has
-    a slide.json.
+    They remain from other cohorts that were run into the same folder; commands leave them out.
 
     `layout`: paths of the run.
 
     InputError if slides.csv is corrupted, or invalid after an edit, OSError if it cannot be read.
     """
-    finished = sorted(path.parent.name for path in layout.slides.glob("*/slide.json"))
-    slides = set(slide_layouts(layout)) if finished else ()
-    if not (others := [name for name in finished if name not in slides]):
+    # slides.csv is not read in a folder without slides, so that the command's own message comes first.
+    if not layout.slides.is_dir() or not (others := unlisted_slides(layout, slide_layouts(layout))):
         return ""
     return (
         f"{layout.root}: {counted(len(others), 'finished slide')} {'is' if len(others) == 1 else 'are'} not in "

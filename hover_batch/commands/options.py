@@ -199,9 +199,9 @@ def warn_of_unknown_variables(ctx: typer.Context) -> None:
     """
     root, prefix = ctx.find_root(), "HOVER_BATCH_"
     known = {name.removeprefix(prefix) for name in (CACHE_VARIABLE, *_variables(root.command))}
-    given = {name.upper().removeprefix(prefix): name for name in os.environ if name.upper().startswith(prefix)}
-    for name, variable in sorted(given.items()):
-        if variable == f"{prefix}{name}" and name in known:
+    for variable in sorted(os.environ):
+        name = variable.upper().removeprefix(prefix)
+        if not variable.upper().startswith(prefix) or variable in (f"{prefix}{one}" for one in known):
             continue
         hint = suggestion(name, known, prefix)
         message = f"the environment variable {variable} is not known, and has no effect{hint}"

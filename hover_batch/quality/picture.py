@@ -48,10 +48,10 @@ def picture_measures(image: NDArray[np.uint8], pixel_um: float) -> dict[str, flo
     black = (high < 60) & (chroma < 12) & scanned  # dark nuclei are purple
     spots = cv2.morphologyEx((blue_or_green | red | black).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     brown = stained & (od_blue > 1.1 * od_green) & (od_blue > od_red)
-    dark = scanned & (high < 200)
+    shaded = scanned & (high < 200)
     return {
         "ink": float(spots.mean()),
         "brown": float(brown.sum() / stained.sum()) if stained.any() else 0.0,
-        "chroma": max((float(np.percentile(chroma[of], 95)) for of in (scanned, dark) if of.any()), default=0.0),
+        "chroma": max((float(np.percentile(chroma[of], 95)) for of in (scanned, shaded) if of.any()), default=0.0),
         "dark": float((high < 200).mean()),
     }
