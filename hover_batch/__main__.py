@@ -32,6 +32,10 @@ def main() -> None:
         app()  # builds all commands before it handles Ctrl-C itself
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    finally:
+        from hover_batch.executor.interrupts import default_signals
+
+        default_signals()  # while Python shuts down, a second Ctrl-C would print a traceback
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     thumbnails.
 
     `output`: file to write; None for report.html in the run's folder. `notify`: function that is called with a line
-    about each finished slide.
+    about each finished slide, and about what the report lacks.
 
     InputError if the folder holds no run, a file of the run is corrupted, or the report cannot be written; OSError if a
     file of the run cannot be read or the disk is full.
@@ -80,6 +80,8 @@ def report_run(folder: Path, output: Path | None, notify: Notify) -> Path:
     report = _report(status, rows, sums, title)
     with _writing(path):
         pages.close(report)
+    for line in report.missing:
+        notify(f"note: {line}")
     return path
 
 

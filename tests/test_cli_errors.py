@@ -7,6 +7,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,9 +140,30 @@ def test_an_interruption_while_the_commands_are_built_ends_without_a_traceback(m
 
     monkeypatch.setattr("typer.main.get_command", interrupted)
     monkeypatch.setattr("gc.set_threshold", lambda *thresholds: None)
+    monkeypatch.setattr("hover_batch.executor.interrupts.default_signals", lambda: None)  # pytest keeps its own
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interruption_while_python_shuts_down_ends_without_a_traceback(number: signal.Signals) -> None:
+    program = f"""
+import atexit, os, sys
+from hover_batch.__main__ import main
+atexit.register(os.kill, os.getpid(), {int(number)})
+sys.argv = ["hover-batch", "--version"]
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-number, "") and ended.stdout.strip()
+
+
+@pytest.mark.parametrize("command", ["segment", "cohort"])
+def test_results_are_not_written_to_memory(command: str, tmp_path: Path) -> None:
+    words = {"segment": ["segment", "--example"], "cohort": ["cohort", str(tmp_path)]}[command]
+    result = CliRunner().invoke(app, [*words, "-o", "memory://bucket/out"])
+    assert result.exit_code == 2 and "memory://bucket/out: would be lost when this command ends" in result.stderr
 
 
 def test_variables_in_lower_case_are_warned_of(tmp_path: Path) -> None:

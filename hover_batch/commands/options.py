@@ -181,7 +181,7 @@ def _further_variables(ctx: typer.Context) -> dict[str, Any]:
 def place(text: str) -> Path | Url:
     """Return `text`, the value of an option or argument, as a URL if it is one; otherwise as a path.
 
-    InputError if the URL has a user, password, query or fragment, or the text is empty.
+    InputError if the URL has a user, password, query or fragment, is in memory, or the text is empty.
     """
     url = Url.of(text)
     if url is not None and str(url) != url.text:
@@ -189,6 +189,8 @@ def place(text: str) -> Path | Url:
             f"{url}: the URL that you gave has a user, a password, a query or a fragment; leave this out, and "
             "give credentials in the environment"
         )
+    if url is not None and url.protocol == "memory":  # fsspec supports it, but it would be gone with this process
+        raise InputError(f"{url}: would be lost when this command ends; give a folder, or storage that stays")
     return url or given_path(text)
 
 

@@ -17,6 +17,8 @@ from hover_batch.taxonomy import Taxonomy
 
 CELL = 128
 """Side in inference pixels of the cells in which densities and disagreements are counted: 32 µm at 40×."""
+MIN_CELLS = 16
+"""Number of cells from which a correlation of densities is given; that of fewer would be mostly chance."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,14 @@ class Agreement:
 
         `pq`: mean over fields. `detection_f1`: F1 score of detections within DETECTION_RADIUS_UM. Both are 1 for full
         agreement. `nuclei`: number found by each network. `density_correlation`: Pearson correlation of the numbers of
-        nuclei per cell; None if there is only one cell, or a network found the same number in all cells.
+        nuclei per cell; None if there are fewer than MIN_CELLS, or a network found the same number in all of them.
 
         `confusion` has the keys `rows` and `columns`, the class names of the first and of the second network, each
         followed by `none`, and `counts`, a list of rows. A count is the number of matched nuclei with these classes;
         unmatched nuclei are in the row or column `none`.
         """
         cells = np.concatenate(self._densities, axis=1).astype(float)
-        has_variance = cells.shape[1] > 1 and bool((cells.std(axis=1) > 0).all())
+        has_variance = cells.shape[1] >= MIN_CELLS and bool((cells.std(axis=1) > 0).all())
         total = int(self._counts.sum())
         rows, columns = self._names
         return {

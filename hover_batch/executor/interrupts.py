@@ -17,6 +17,13 @@ def raise_interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def default_signals() -> None:
+    """From now on, let each of SIGNALS end the process at once and without a word, unless it is ignored."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def on_interrupt(action: Callable[[], None] = raise_interrupt) -> Iterator[None]:
     """Call `action` whenever one of SIGNALS arrives while the block runs, and restore the previous handlers afterwards.

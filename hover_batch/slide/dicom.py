@@ -64,7 +64,8 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
 
     InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
     the instances have no pixel spacing, parts of a concatenation are missing, two instances show the same level and
-    plane, or an instance is not supported by wsidicom. Other errors of wsidicom propagate.
+    plane, there are several optical paths, or an instance is not supported by wsidicom. Other errors of wsidicom
+    propagate.
     """
     slides, files = _slides_in(folder)
     if len(slides) > 1:
@@ -97,6 +98,12 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
                 raise _unsupported(folder, skipped)
             for level in wsi.pyramids[0]:
                 instances = level.instances.values()
+                paths = {path for i in instances for path in i.optical_paths}
+                if len(paths) > 1:  # wsidicom would read one of them
+                    raise SlideError(
+                        f"{folder}: holds pictures of several optical paths ({listed(sorted(paths))}), such as "
+                        "illuminations; keep the files of one in the folder"
+                    )
                 planes = [(z, path) for i in instances for z in i.focal_planes for path in i.optical_paths]
                 if len(set(planes)) < len(planes):  # wsidicom would read one of them
                     raise SlideError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hover_batch.formatting import counted
 from hover_batch.taxonomy import Taxonomy
 from kd.data.pieces import pieces_of
 from kd.data.samples import Sample
@@ -54,7 +55,7 @@ class Findings:
         self._folds_of_image[sample.image_sha256][sample.fold] = sample.id
         pieces = pieces_of(sample.instances)
         part.nuclei += len(pieces)
-        self._irregular["nuclei are in several pieces"] += int((pieces > 1).sum())
+        self._irregular["nuclei in several pieces"] += int((pieces > 1).sum())
         if sample.types is None:
             return
         inside = sample.instances > 0
@@ -62,16 +63,21 @@ class Findings:
         pixels = np.zeros((len(pieces), len(self.taxonomy.classes)), np.int64)
         np.add.at(pixels, (nucleus, sample.types[inside]), 1)
         part.by_class.update(pixels.argmax(axis=1).tolist())
-        self._irregular["nuclei have pixels of several classes"] += int(((pixels > 0).sum(axis=1) > 1).sum())
-        self._irregular["typed pixels are outside nuclei"] += int(np.count_nonzero(sample.types[~inside]))
+        self._irregular["nuclei with pixels of several classes"] += int(((pixels > 0).sum(axis=1) > 1).sum())
+        self._irregular["typed pixels outside nuclei"] += int(np.count_nonzero(sample.types[~inside]))
 
     def warnings(self) -> list[str]:
         """Return one line for each irregularity or note that a user may want to act on. None of them is an error.
 
         Of the images that are in several folds, the first five are named, and the others are counted.
         """
-        lines = [f"{n:,} {what}; not changed" for what, n in self._irregular.items() if n]
+        lines = [f"{what}: {n:,}; not changed" for what, n in self._irregular.items() if n]
         lines += self.notes
+        lines += [
+            f"{source}, fold {fold}: {counted(part.images, 'image')} without any nucleus; check the labels"
+            for (source, fold), part in self.parts.items()
+            if not part.nuclei
+        ]
         if unclassed := sum(part.by_class[0] for part in self.parts.values()):
             lines.append(f"{unclassed:,} nuclei have none of the classes of {self.taxonomy.name}; their type is 0")
         shared = [id_by_fold for id_by_fold in self._folds_of_image.values() if len(id_by_fold) > 1]

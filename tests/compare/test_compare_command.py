@@ -17,16 +17,20 @@ from typer.testing import CliRunner
 from hover_batch.cli import app
 from hover_batch.cohort.record import SlideRecord
 from hover_batch.compare import budget
+from hover_batch.compare.agreement import Agreement
 from hover_batch.compare.budget import Options, Speed, estimate, fit_to_budget
 from hover_batch.compare.fields import Place
 from hover_batch.compare.sides import random_teacher
+from hover_batch.compare.timing import SideResult
 from hover_batch.config import InferSettings
 from hover_batch.geometry import Box
 from hover_batch.model import cost
 from hover_batch.model.architectures.hovernet import HoverNetForm, TeacherArch, build_teacher
 from hover_batch.model.architectures.unet import StudentArch, build_student
 from hover_batch.model.card import Card
+from hover_batch.model.heads import MapLayout
 from hover_batch.model.package import find_package, save_package
+from hover_batch.nuclei.measure import measure
 from hover_batch.taxonomy import CONSEP
 
 MARKUP = "<script>alert(1)</script>"
@@ -121,6 +125,19 @@ def test_a_network_agrees_with_itself(packages: dict[str, Path], cohort: Path, t
         assert agreed["pq"] == 1 and agreed["detection_f1"] == 1
     assert agreed["nuclei"][0] == agreed["nuclei"][1]
     assert "panel" not in (tmp_path / "out" / "compare.html").read_text().split("</style>")[1]
+
+
+@pytest.mark.parametrize(("side", "given"), [(384, False), (512, True)])  # 9 and 16 cells
+def test_densities_of_few_cells_are_not_correlated(side: int, given: bool) -> None:
+    instances = np.zeros((side, side), np.int32)
+    for k, place in enumerate(range(0, side - 10, 130), 1):
+        instances[place : place + 9, place // 2 : place // 2 + 9] = k
+    layout = MapLayout(len(CONSEP.classes))
+    nuclei = measure(instances, np.zeros((layout.planes, side, side), np.uint8), layout)
+    agreement = Agreement((CONSEP, CONSEP))
+    agreement.add(*[SideResult(instances, nuclei, 0.0, 0.0)] * 2, mpp=0.25)
+    found = agreement.to_json()["density_correlation"]
+    assert found == pytest.approx(1) if given else found is None
 
 
 def test_random_weights_are_marked_everywhere(

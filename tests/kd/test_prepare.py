@@ -76,9 +76,9 @@ def test_what_is_odd_is_noted(folders, tmp_path):
     result = run(a, b, "-o", tmp_path / "data.npz", "--classes", "pannuke")
     assert result.exit_code == 0, result.exception
     for note in (
-        "2 nuclei are in several pieces",
-        "2 nuclei have pixels of several classes",
-        "2 typed pixels are outside nuclei",
+        "nuclei in several pieces: 2; not changed",
+        "nuclei with pixels of several classes: 2; not changed",
+        "typed pixels outside nuclei: 2; not changed",
         "2 nuclei have none of the classes of pannuke",
         "the same image is in several folds (train: x, test: y)",
     ):

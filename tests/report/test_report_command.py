@@ -208,7 +208,9 @@ def test_a_harmed_table_is_said_and_not_counted(tmp_path: Path, field: Field) ->
     layout.slide("b").nuclei_parquet.write_bytes(b"PAR1")
     layout.slide("a").overlay_jpg.write_bytes(b"no JPEG")
     layout.settings_toml.write_bytes(b"\xff\xfe")
-    text = shown(layout).text
+    result, path = report(layout)
+    assert result.exit_code == 0 and "note: Tables that cannot be read, and are not counted: 1." in result.stderr
+    text = Page(path).text
     nuclei = json.loads(layout.slide("a").slide_json.read_text())["nuclei"]
     assert f"{nuclei} nuclei" in text and "Tables that cannot be read, and are not counted: 1." in text
     assert "cannot be read as a table of nuclei" in text and "Missing files: overlay.jpg." in text

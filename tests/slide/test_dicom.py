@@ -171,6 +171,20 @@ def test_two_pictures_of_one_plane_are_refused(tmp_path: Path) -> None:
         peek(record(folder))
 
 
+def test_several_optical_paths_are_refused(tmp_path: Path) -> None:
+    """wsidicom would read only one of them."""
+    import pydicom
+
+    folder = flat_folder(tmp_path, "a", levels=1)
+    [file] = folder.iterdir()
+    second = pydicom.dcmread(file)
+    second.SOPInstanceUID = second.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    second.OpticalPathSequence[0].OpticalPathIdentifier = "polarized"
+    second.save_as(folder / "second.dcm", enforce_file_format=True)
+    with pytest.raises(SlideError, match=r"several optical paths \(0, polarized\)"):
+        peek(record(folder))
+
+
 def split_slide(folder: Path, numbers: Sequence[int], source: str | None = "1.2.3") -> Path:
     """A sparsely tiled slide that is split into one file for each of its 3 × 2 tiles; only the files `numbers`."""
     import pydicom
