@@ -255,7 +255,9 @@ def test_anndata(nuclei: NucleiTable, tmp_path: Path, scverse: Any) -> None:
 
 
 def test_spatialdata(nuclei: NucleiTable, tmp_path: Path, scverse: Any) -> None:
-    path = exported(nuclei, Format.spatialdata, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        path = exported(nuclei, Format.spatialdata, tmp_path)
     exported(nuclei, Format.spatialdata, tmp_path)  # replaces the first
     wanted = expected(nuclei)
     found = scverse.read_zarr(path)
