@@ -61,10 +61,15 @@ class Split:
 
     @classmethod
     def parse(cls, text: str) -> Split:
-        """Return the split in `text`, TRAIN/VAL/TEST. Raises InputError if `text` does not name three folds."""
+        """Return the split in `text`, TRAIN/VAL/TEST.
+
+        Raises InputError if `text` does not name three folds, or the first is also the last.
+        """
         folds = text.split("/")
         if len(folds) != 3 or not all(folds):
             raise InputError(f"--split {text}: give TRAIN/VAL/TEST, such as 1/2/3")
+        if folds[0] == folds[2]:
+            raise InputError(f"--split {text}: would score on the training images; name another fold as TEST")
         return cls(*folds)
 
 
@@ -198,10 +203,10 @@ def runs_of(
         shared = {"data": data.resolve(), "threads": threads, **settings, **(split.settings if split else {})}
         config = TrainConfig.of(preset, out=out, **shared, **with_teacher, **point)  # fills in the preset's values
         varied: dict[str, Any] = {"encoder": config.encoder, "alpha": config.alpha}
-        label = f"{config.encoder}_a{config.alpha:g}"
+        label = f"{config.encoder}_a{config.alpha:.15g}"
         if config.distils:
             varied["temperature"] = config.temperature
-            label += f"_t{config.temperature:g}"
+            label += f"_t{config.temperature:.15g}"
         varied["seed"] = config.seed
         if grid.seeds:
             label += f"_s{config.seed}"

@@ -143,6 +143,7 @@ def test_an_interrupt_is_no_failure(tmp_path, trained):
         (["--split", "1/2/9", "--split", "1/2/3"], "--split: d has no images of the fold 9 to score on"),
         (["--test-fold", "tset"], "--test-fold: d has no images of the fold tset to score on; its folds are 1, 2"),
         (["--split", "1/2"], "--split 1/2: give TRAIN/VAL/TEST"),
+        (["--split", "1/2/1"], "--split 1/2/1: would score on the training images"),
         (["--split", "1/1/3"], "--val-fold 1: is also a fold to train on"),
         (["--split", "1/2/3", "--test-fold", "3"], "--split: already names the folds"),
         (["--split", "1/2/3", "--", "--fold", "1"], "--split: already names the folds"),
@@ -249,6 +250,12 @@ def test_every_split_is_a_run_and_all_of_them_have_one_label(tmp_path, trained):
     stored = [json.loads((c.out / "scores.json").read_text()) for c in trained]
     assert [s["folds"] for s in stored] == [["3"], ["3"], ["1"]]
     assert {s["label"] for s in stored} == {"mit_b0_a1"}
+
+
+def test_values_that_differ_in_late_digits_are_different_runs(tmp_path, trained):
+    near = ["--temperature", "1", "--alpha", "0.12345671", "--alpha", "0.12345672"]
+    assert run("--data", "d", "--teacher", "t", "-o", tmp_path, "--encoder", "mit_b0", *near).exit_code == 0
+    assert [c.out.name for c in trained] == ["mit_b0_a0.12345671_t1", "mit_b0_a0.12345672_t1"]
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path, trained):
