@@ -72,13 +72,17 @@ def storage_errors(
         yield
     except HoverBatchError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{url}: {missing}") from error
-    except Exception as error:  # each library has exceptions of its own
+    except Exception as raised:  # each library has exceptions of its own
+        error: BaseException = raised
+        if url.protocol in ("http", "https") and isinstance(raised, FileNotFoundError):
+            error = raised.__cause__ or raised  # fsspec raises it for all failures, such as a server that is not there
+        status = getattr(error, "status", None)
+        if isinstance(error, FileNotFoundError) or status in (404, 410):
+            raise InputError(f"{url}: {missing}") from error
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         reason = url.without_secrets(" ".join(str(error).split())) or type(error).__name__
-        denied = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
+        denied = isinstance(error, PermissionError) or status in (401, 403)
         if denied or type(error).__name__ in _NO_CREDENTIALS:
             raise InputError(
                 f"{url}: access denied ({reason}); give credentials in the environment: for S3 AWS_ACCESS_KEY_ID and "

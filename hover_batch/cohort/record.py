@@ -18,7 +18,10 @@ SLIDE_SUFFIXES = frozenset(
 """Suffixes, in lower case, of files that are taken for slides when a folder is listed."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_SECRETS = re.compile(r"(?<=://)[^/@\s]*@|[?#][^\s'\"]*")
+_USER = re.compile(r"(?<=://)[^/@\s]*@")
+_SECRETS = re.compile(rf"{_USER.pattern}|[?#][^\s'\"]*")
+_KEYS = ("s3", "s3a", "gs", "gcs")
+"""Schemes of URLs in which ? and # are characters of a file's name, and no query or fragment begins there."""
 _CONTAINER = ("abfs", "abfss", "wasb", "wasbs")
 """Schemes of URLs in which the name before the @ is the container, not a user."""
 _CONTAINER_SECRETS = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*(?=@)|[?#][^\s'\"]*")
@@ -28,7 +31,8 @@ _CONTAINER_SECRETS = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*(?=@)|[?#][^\s'\"]
 class Url:
     """URL of a slide in storage that fsspec can open.
 
-    `str()` and `repr()` redact credentials: user, password, query and fragment.
+    `str()` and `repr()` redact credentials: user, password, query and fragment. In S3 and Google Cloud Storage, ? and #
+    belong to the name of a file, and stay.
     """
 
     text: str
@@ -45,7 +49,7 @@ class Url:
         return self.text.split("://", 1)[0].lower()
 
     def __str__(self) -> str:
-        return self.without_secrets(self.text)
+        return _USER.sub("", self.text) if self.protocol in _KEYS else self.without_secrets(self.text)
 
     __repr__ = __str__
 
@@ -59,6 +63,8 @@ class Url:
             return _CONTAINER_SECRETS.sub(r"\1", text)
         if "://" not in text:
             return text
+        if self.protocol in _KEYS:
+            return str(self).join(_SECRETS.sub("", part) for part in text.split(self.text))
         return _SECRETS.sub("", text)
 
     @property

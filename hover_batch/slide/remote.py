@@ -11,8 +11,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from hover_batch.bucket import require_package, storage_errors
-from hover_batch.cohort.record import Url
-from hover_batch.errors import SlideError
+from hover_batch.cohort.record import SLIDE_SUFFIXES, Url
+from hover_batch.errors import InputError, SlideError
+from hover_batch.formatting import listed
 from hover_batch.geometry import Mpp
 from hover_batch.slide.fingerprint import ReadParts, fingerprint_of
 
@@ -48,8 +49,9 @@ def remote_info(url: Url, mpp: Mpp | None) -> RemoteInfo:
 
     `url`: URL of the slide's file or folder. `mpp`: pixel size in µm that the cohort gives; None if it gives none.
 
-    InputError if fsspec does not support the storage, a package for it is missing, the slide does not exist, or access
-    is denied. SlideError if the storage cannot be reached, does not report sizes, or cannot serve parts of files.
+    InputError if fsspec does not support the storage, a package for it is missing, the slide does not exist or is a
+    folder of slides, or access is denied. SlideError if the storage cannot be reached, does not report sizes, or cannot
+    serve parts of files.
     """
     require_package(url)
     with storage_errors(url):
@@ -66,7 +68,8 @@ def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
 
     `url`: URL of the slide's file or folder.
 
-    SlideError if the storage does not report the size of a file. Other errors of fsspec and the storage's library
+    InputError if a folder holds slides that are files of their own. SlideError if the storage does not report the size
+    of a file. Other errors of fsspec and the storage's library
     propagate.
     """
     import fsspec
@@ -77,6 +80,9 @@ def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
     properties = storage.info(path)
     if properties["type"] == "directory":
         files = _inside(storage, path, url.name)
+        slides = [str(file.name) for file in files if file.name.suffix.lower() in SLIDE_SUFFIXES]
+        if slides and not any(file.name.suffix.lower() in ("", ".dcm") for file in files):
+            raise InputError(f"{url}: is a folder of files ({listed(slides)}); give each slide a row with its own URL")
     else:
         files = [RemoteFile(path, PurePosixPath(url.name), properties.get("size"))]
         if url.name.lower().endswith(".mrxs"):

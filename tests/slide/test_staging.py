@@ -114,6 +114,35 @@ def test_what_is_not_there_and_what_may_not_be_read(server: str) -> None:
         bucket.let_in(server)
 
 
+def test_a_folder_of_slides_is_no_slide(server: str) -> None:
+    bucket.put("slides", {"x/a.svs": b"a", "x/b.TIF": b"b"})
+    for url in ("s3://slides", "s3://slides/x/"):
+        with pytest.raises(InputError, match=rf"^{url}: is a folder of files \(.*b\.TIF\); give each slide a row"):
+            remote_info(Url(url), None)
+
+
+def test_names_with_the_marks_of_queries_are_read_and_kept(server: str, copies: Copies) -> None:
+    bucket.put("slides", {"a b #1?c=2.svs": noise(1000)})
+    url = Url("s3://slides/a b #1?c=2.svs")
+    assert Url.of(str(url)) == url and url.name == "a b #1?c=2.svs"
+    with copies.staged(record(url.text), planned(url.text)) as here:
+        assert here.file.read_bytes() == noise(1000)
+
+
+def test_a_web_server_that_refuses_or_is_not_there_is_no_missing_file(server: str) -> None:
+    bucket.put("slides", {"a.svs": b"a"})
+    with pytest.raises(InputError, match="no such file"):
+        remote_info(Url(f"http://{server}/slides/b.svs"), None)
+    with pytest.raises(SlideError, match=r"^http://127\.0\.0\.1:9/a\.svs: cannot be fetched: Cannot connect"):
+        remote_info(Url("http://127.0.0.1:9/a.svs"), None)
+    bucket.deny(server)
+    try:
+        with pytest.raises(InputError, match="access denied"):
+            remote_info(Url(f"http://{server}/slides/a.svs"), None)
+    finally:
+        bucket.let_in(server)
+
+
 def test_without_credentials(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.put("slides", {"a.svs": b"a"})
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -305,6 +334,7 @@ def test_errors_name_the_url_and_not_the_copy(server: str, copies: Copies) -> No
         ("s3://slides/a b/c.svs", "s3://slides/a b/c.svs"),
         ("https://me:word@host/a.svs?X-Amz-Signature=abc", "https://host/a.svs"),
         ("https://token@host/a.svs#part", "https://host/a.svs"),
+        ("s3://me:word@slides/a b #1?/c.svs", "s3://slides/a b #1?/c.svs"),
         (
             "abfs://container@account.dfs.core.windows.net/a.svs?sig=abc",
             "abfs://container@account.dfs.core.windows.net/a.svs",
