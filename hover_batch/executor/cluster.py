@@ -24,6 +24,7 @@ from typing import Any
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError
+from hover_batch.executor.raylet_watch import ending_with_raylet
 from hover_batch.executor.resources import Resources
 from hover_batch.model.package import Package
 
@@ -61,8 +62,11 @@ def started(
     Ray's environment variables are set, and stay set. While the block runs, stdout is redirected to `log`, since Ray
     prints messages there. During the start, stderr is redirected, too, unless it is a terminal.
 
+    If the cluster's raylet dies meanwhile, the process ends with exit code 1 (see `ending_with_raylet`).
+
     `log`: file to which output is appended; it is created with its folder when needed. `object_store_bytes`: size of
-    Ray's object store. `warn`: function that shows a line about each failed attempt that is followed by another.
+    Ray's object store. `warn`: function that shows a line about each failed attempt that is followed by another, and
+    about the death of the raylet.
 
     InputError if Ray does not start in START_ATTEMPTS attempts, OSError if its temporary folder cannot be created.
     """
@@ -73,7 +77,16 @@ def started(
         try:
             with _stdout_to(log):
                 _start(resources, object_store_bytes, folder, log, warn)
-                yield
+
+                def raylet_died() -> None:
+                    warn(
+                        f"Ray's raylet has died, perhaps because memory ran out (see {log}); finished work is kept: "
+                        "run the same command again to resume"
+                    )
+                    _kill_processes_of(folder)
+
+                with ending_with_raylet(folder, raylet_died):
+                    yield
         finally:
             ray.shutdown()
 
@@ -187,7 +200,7 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Pat
 
 
 def _kill_processes_of(folder: Path) -> None:
-    """Kill the processes that a failed start left behind, which Ray forgets and which would slow the next attempt.
+    """Kill the processes that a failed start or a dead raylet left behind, which Ray forgets.
 
     The name of the folder, which is random, is in their command lines.
     """

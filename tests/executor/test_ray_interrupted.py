@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from command import UNITS, assert_all_gone, count, start
+from command import UNITS, assert_all_gone, count, of_session, start
 
 from hover_batch.cohort.events import stream_events
 
@@ -32,7 +32,7 @@ def test_a_cluster_that_is_up_is_joined(cohort: Path, undisturbed: bytes, ray_cl
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("how", ["Ctrl-C once", "Ctrl-C twice", "SIGTERM", "kill -9"])
+@pytest.mark.parametrize("how", ["Ctrl-C once", "Ctrl-C twice", "SIGTERM", "kill -9", "raylet killed"])
 def test_an_interrupted_run_ends_like_an_undisturbed_one(
     cohort: Path, undisturbed: bytes, tmp_path: Path, how: str
 ) -> None:
@@ -46,6 +46,9 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
         time.sleep(0.01)
     if how == "kill -9":
         process.kill()  # the driver alone: its helpers are to notice
+    elif how == "raylet killed":  # as by a system without memory
+        [raylet] = [p for p in of_session(process.pid) if p.name() == "raylet"]
+        raylet.kill()
     elif how == "SIGTERM":
         process.terminate()  # as schedulers do
     else:
@@ -54,7 +57,8 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
             time.sleep(0.1)
             os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=180)
-    assert process.returncode == (-signal.SIGKILL if how == "kill -9" else 130), printed
+    assert process.returncode == {"kill -9": -signal.SIGKILL, "raylet killed": 1}.get(how, 130), printed
+    assert ("Ray's raylet has died" in printed) == (how == "raylet killed"), printed
     assert_all_gone(process.pid)
     reached = count(slide / "markers")
     assert 3 <= reached < UNITS, "it was not interrupted in the middle of its work"
