@@ -6,11 +6,13 @@ The libraries that tiatoolbox's readers use are called directly, since importing
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import numpy as np
@@ -31,6 +33,9 @@ from hover_batch.slide.tiff_checks import (
     open_tiff,
     orientation_error,
 )
+
+if TYPE_CHECKING:
+    import openslide
 
 MAX_PICTURE_PIXELS = 400_000_000
 """Largest plain picture that is opened, since it is held in memory as a whole."""
@@ -78,9 +83,12 @@ def openslide_header(path: Path) -> Header:
             # OpenSlide reads the tags of a generic TIFF only if their unit is the centimetre.
             if generic:
                 size_in_tags = tiff_size(first_page(tiff))
-    with openslide.OpenSlide(str(path)) as slide:
+    slide = openslide.OpenSlide(str(path))
+    try:
         properties: Mapping[str, str] = dict(slide.properties)
         levels = tuple(Size(w, h) for w, h in slide.level_dimensions)
+    finally:
+        close_openslide(slide)
     vendor = properties.get("openslide.vendor", "unknown")
     stated_bounds = [properties.get(f"openslide.bounds-{name}") for name in ("x", "y", "width", "height")]
     bounds = None
@@ -95,6 +103,24 @@ def openslide_header(path: Path) -> Header:
         size = size_in_tags
     power = to_float(properties.get("openslide.objective-power"))
     return Header(levels, size, bounds, vendor, power, _warnings_of_aperio(properties, levels[0]))
+
+
+def close_openslide(slide: openslide.OpenSlide) -> None:
+    """Close a handle of OpenSlide so that Ctrl-C cannot interrupt it.
+
+    openslide-python notes in Python that the library has freed a handle. An interruption just before that would let it
+    free the handle again, which crashes the process. Only the main thread is interrupted, so another one closes it.
+    """
+    closed = threading.Event()
+
+    def close() -> None:
+        try:
+            slide.close()
+        finally:
+            closed.set()
+
+    threading.Thread(target=close, name="close").start()
+    closed.wait()  # not Thread.join, which forgets a running thread when it is interrupted
 
 
 def _warnings_of_aperio(properties: Mapping[str, str], level0: Size) -> tuple[str, ...]:

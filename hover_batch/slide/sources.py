@@ -21,7 +21,7 @@ from PIL import Image, TiffImagePlugin
 
 from hover_batch.geometry import Box, Size
 from hover_batch.slide.dicom import quiet_wsidicom
-from hover_batch.slide.formats import bands, open_picture
+from hover_batch.slide.formats import bands, close_openslide, open_picture
 from hover_batch.slide.headers import Kind
 from hover_batch.slide.tiff_checks import is_alpha
 
@@ -117,7 +117,7 @@ class OpenSlideSource:
 
     def close(self) -> None:
         """Close the OpenSlide handle. Nothing can be read afterwards."""
-        self._slide.close()
+        close_openslide(self._slide)
 
 
 class TiffSource:

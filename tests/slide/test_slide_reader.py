@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -314,3 +317,26 @@ def test_pixels_lost_in_the_middle_are_a_slide_error(tmp_path: Path, data: Path)
         with pytest.raises(SlideError, match=r"torn\.svs: cannot be read: .+") as caught:
             slide.read(grid.size.box, grid)
     assert "\n" not in str(caught.value)
+
+
+def test_an_interruption_does_not_come_between_closing_a_handle_and_noting_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the handle would be closed again when it is collected, and the process would crash."""
+    slide = opened(data / CMU)
+    handle, noted = slide.source.reader.openslide_wsi._osr, openslide.lowlevel._OpenSlide.invalidate
+
+    def interrupted(closed: openslide.lowlevel._OpenSlide) -> None:
+        if closed is handle:  # not one of another test that is collected now
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # long enough for the main thread to be interrupted
+        noted(closed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(openslide.lowlevel._OpenSlide, "invalidate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            slide.close()
+        for thread in threading.enumerate():
+            if thread.name == "close":
+                thread.join()
+    assert not handle._valid
