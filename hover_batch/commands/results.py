@@ -69,16 +69,26 @@ def deliver(result: duckdb.DuckDBPyRelation, output: Path | None) -> None:
 
 def _show(result: duckdb.DuckDBPyRelation) -> None:
     """Print the first and last rows, as many columns as fit, and how many rows there are and are hidden."""
-    from hover_batch.dataset.opened import cast
+    from hover_batch.dataset.quoting import identifier
 
-    # FLOAT is printed with at most eight digits.
-    shown = cast(result, {"DOUBLE": "FLOAT"}.get).limit(_READ).materialize()
+    columns = (_rounded(identifier(name), str(kind)) for name, kind in zip(result.columns, result.types, strict=True))
+    shown = result.limit(_READ).project(", ".join(columns)).materialize()
     width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 1_000_000
     most = _READ if result.columns[:2] == ["column_name", "column_type"] else ROWS
     shown.show(max_rows=most, max_width=width, max_col_width=_CELL)
     if (rows := len(shown)) > most:
         hidden = f"{rows - most:,}" if rows < _READ else "most"
         print_notes([f"{hidden} rows are hidden; -o FILE.csv writes all of them"])
+
+
+def _rounded(column: str, kind: str) -> str:
+    """Return a column for SELECT, rounded to eight digits if its type is DOUBLE; none before the point is changed."""
+    if kind != "DOUBLE":
+        return column
+    digits = f"greatest(0, 7 - CAST(floor(log10(abs({column}))) AS INT))"
+    return (
+        f"CASE WHEN isfinite({column}) AND {column} <> 0 THEN round({column}, {digits}) ELSE {column} END AS {column}"
+    )
 
 
 def _write(result: duckdb.DuckDBPyRelation, path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -219,7 +220,7 @@ def test_a_result_is_printed_where_nobody_reads(asked: Asked) -> None:
 
 def test_a_long_result_on_the_terminal(asked: Asked) -> None:
     shown = ask("query", asked.root, "SELECT nucleus_id, 1 / 3 AS third FROM nuclei").stdout
-    assert "1980 rows" in shown and "(40 shown)" in shown and "0.33333334" in shown and len(shown.splitlines()) < 60
+    assert "1980 rows" in shown and "(40 shown)" in shown and "0.33333333 " in shown and len(shown.splitlines()) < 60
     assert (
         ask("query", asked.root, "FROM nuclei").stderr
         == "note: 1,940 rows are hidden; -o FILE.csv writes all of them\n"
@@ -230,6 +231,24 @@ def test_a_long_result_on_the_terminal(asked: Asked) -> None:
         with hover_batch.open_cohort(asked.root) as cohort:
             assert all(f"│ {name} " in described.stdout for name in cohort.sql(f"FROM {table} LIMIT 0").columns)
         assert "shown)" not in described.stdout and described.stderr == ""
+
+
+def test_numbers_on_the_terminal_keep_all_digits_before_the_point(asked: Asked) -> None:
+    """A shorter type would change dates and ids, which pandas writes as 20230115.0 beside a gap."""
+    shown = {
+        "20230115": "20230115.0",
+        "16777217": "16777217.0",
+        "123456789.25": "123456789.0",
+        "-1234.56789": "-1234.5679",
+        "2 / 3": "0.66666667",
+        "1e-60": "1e-60",
+        "1e39": "1e+39",
+        "0": "0.0",
+        "'inf'": "inf",
+        "NULL": "NULL",
+    }
+    result = ask("query", asked.root, f'SELECT unnest([{", ".join(shown)}]::DOUBLE[]) AS "a b"').stdout
+    assert re.findall(r"│ +(\S+) │", result) == list(shown.values())
 
 
 def test_folders_that_are_no_data_set(asked: Asked, tmp_path: Path) -> None:
