@@ -78,9 +78,12 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
             wsi = WsiDicom.open(folder)
         except WsiDicomNoResolutionError as error:  # its text is empty, and mpp in the cohort would not help
             raise SlideError(
-                f"{folder}: the DICOM instances have no pixel spacing; add it, or convert the slide to TIFF"
+                f"{folder}: the DICOM instances have no pixel spacing that holds for all frames "
+                "(SharedFunctionalGroupsSequence); add it, or convert the slide to TIFF"
             ) from error
-        except WsiDicomNotFoundError as error:
+        except (WsiDicomNotFoundError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not isinstance(error.__cause__, StopIteration):
+                raise  # StopIteration: it left out the instances of a pyramid
             raise _unsupported(folder, files.values()) from error
         with wsi:
             if len(wsi.pyramids) > 1:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -137,8 +138,9 @@ def test_grey_is_refused(tmp_path: Path) -> None:
         peek(record(folder))
 
 
-@pytest.mark.parametrize("levels", [2, 1])
-@pytest.mark.parametrize("fault", ["deflated", "planar", "7 bits", "no width"])
+@pytest.mark.parametrize(
+    ("fault", "levels"), [*product(["deflated", "planar", "7 bits", "no width"], [2, 1]), ("no volume", 1)]
+)
 def test_an_instance_that_wsidicom_leaves_out_is_refused(tmp_path: Path, fault: str, levels: int) -> None:
     """It would silently read the next coarser level instead."""
     import pydicom
@@ -151,8 +153,10 @@ def test_an_instance_that_wsidicom_leaves_out_is_refused(tmp_path: Path, fault: 
         largest.PlanarConfiguration = 1
     elif fault == "7 bits":
         largest.BitsStored = 7
-    else:
+    elif fault == "no width":
         del largest.TotalPixelMatrixColumns
+    else:
+        del largest.ImagedVolumeWidth, largest.ImagedVolumeHeight
     largest.save_as(folder / "a_level0.dcm")
     with pytest.raises(SlideError, match=r"a_level0\.dcm: the encoding of the pixels or the header is not supp"):
         peek(record(folder))
