@@ -286,6 +286,10 @@ def test_a_folder_with_types_of_known_codes(tmp_path):
             "row 2 has mpp_y 0.5; rescale images and labels to 40",
         ),
         (
+            lambda f: (f / "dataset.csv").write_text(f"{HEADER},mpp\n{ROW.strip()},-0.25\n"),
+            "row 2 has mpp -0.25; rescale images and labels to 40",
+        ),
+        (
             lambda f: (f / "dataset.csv").write_text(f'{HEADER},mpp\n{ROW.strip()},"0,5"\n'),
             "row 2 has mpp 0,5; rescale images and labels to 40",
         ),
@@ -316,6 +320,13 @@ def test_faults_of_a_folder(tmp_path, fault, message):
 def test_a_table_that_a_spreadsheet_wrote(tmp_path):
     folder = write_folder(tmp_path, {"x": tiles(1, 64)[0]})
     (folder / "dataset.csv").write_text((folder / "dataset.csv").read_text(), "utf-8-sig")
+    assert [s.id for s in recognise(folder).samples(CONSEP)] == ["x"]
+
+
+@pytest.mark.parametrize("mpp", [".25", "2.5e-1", '"0,25"', "0.25 um"])
+def test_the_pixel_size_may_be_written_in_many_ways(tmp_path, mpp):
+    folder = write_folder(tmp_path, {"x": tiles(1, 64)[0]})
+    (folder / "dataset.csv").write_text(f"{HEADER},mpp\n{ROW.strip()},{mpp}\n")
     assert [s.id for s in recognise(folder).samples(CONSEP)] == ["x"]
 
 

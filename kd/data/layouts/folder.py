@@ -36,6 +36,7 @@ MAGNIFICATION = 40
 """Magnification of the images."""
 SCALES = {"magnification": MAGNIFICATION, "mpp": MPP, "mpp_x": MPP, "mpp_y": MPP}
 """Optional columns that state the scale of an image, and the value that they must have."""
+_NUMBER = re.compile(r"[-+]?(\d+([.,]\d*)?|[.,]\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 
 class InstanceFolder:
@@ -82,7 +83,7 @@ class InstanceFolder:
                     f"{table}: rows {first} and {number} have the same sample_id {row['sample_id']}; change one"
                 )
             for column, expected in SCALES.items():
-                stated = re.search(r"\d+([.,]\d+)?", row.get(column) or "")
+                stated = _NUMBER.search(row.get(column) or "")
                 if stated and not math.isclose(float(stated[0].replace(",", ".")), expected, rel_tol=0.05):
                     raise InputError(
                         f"{table}: row {number} has {column} {row[column]}; rescale images and labels to "
