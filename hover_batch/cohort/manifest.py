@@ -247,7 +247,9 @@ def _fault_of_id(row: Row, slide_id: str, first_with_id: Mapping[str, int], take
 
 def _faults_of_slide(path: Path | Url, base: Path) -> list[str]:
     if isinstance(path, Url):  # `plan` asks for all such slides at once whether they exist
-        return ["chained URLs (::) are not supported; name the slide itself"] if "::" in path.text else []
+        if "::" in path.text:
+            return ["chained URLs (::) are not supported; name the slide itself"]
+        return [f"has a query (?), which {path.protocol}:// has not; leave it out, or rename the file"] * path.odd_query
     if fault := encoding_fault(str(path)):
         return [fault]
     try:

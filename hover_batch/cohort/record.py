@@ -21,7 +21,8 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)[^/@\s]*@")
 _SECRETS = re.compile(rf"{_USER.pattern}|[?#][^\s'\"]*")
 _KEYS = ("s3", "s3a", "gs", "gcs")
-"""Schemes of URLs in which ? and # are characters of a file's name, and no query or fragment begins there."""
+"""Schemes of URLs without a fragment: # is a character of the file's name."""
+_SECRETS_OF_KEY = re.compile(rf"{_USER.pattern}|[?][^\s'\"]*")
 _CONTAINER = ("abfs", "abfss", "wasb", "wasbs")
 """Schemes of URLs in which the name before the @ is the container, not a user."""
 _CONTAINER_SECRETS = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*(?=@)|[?#][^\s'\"]*")
@@ -31,8 +32,8 @@ _CONTAINER_SECRETS = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*(?=@)|[?#][^\s'\"]
 class Url:
     """URL of a slide in storage that fsspec can open.
 
-    `str()` and `repr()` redact credentials: user, password, query and fragment. In S3 and Google Cloud Storage, ? and #
-    belong to the name of a file, and stay.
+    `str()` and `repr()` redact credentials: user, password, query and fragment. In S3 and Google Cloud Storage, # is
+    part of a file's name, and stays.
     """
 
     text: str
@@ -49,9 +50,14 @@ class Url:
         return self.text.split("://", 1)[0].lower()
 
     def __str__(self) -> str:
-        return _USER.sub("", self.text) if self.protocol in _KEYS else self.without_secrets(self.text)
+        return self.without_secrets(self.text)
 
     __repr__ = __str__
+
+    @property
+    def odd_query(self) -> bool:
+        """Whether the URL has a query, although those of this scheme have none, so that it may belong to the name."""
+        return self.protocol in _KEYS and "?" in self.text
 
     def without_secrets(self, text: str) -> str:
         """Return `text`, such as an error message about this URL, with the credentials in its URLs removed.
@@ -64,7 +70,8 @@ class Url:
         if "://" not in text:
             return text
         if self.protocol in _KEYS:
-            return str(self).join(_SECRETS.sub("", part) for part in text.split(self.text))
+            own = _SECRETS_OF_KEY.sub("", self.text)
+            return own.join(_SECRETS.sub("", part) for part in text.split(self.text))
         return _SECRETS.sub("", text)
 
     @property

@@ -181,8 +181,8 @@ class Card:
         if self.sobel.keys() != wanted or len(numbers) != len(wanted):
             names = ", ".join(sorted(wanted)) or f"empty for the system {self.system}"
             raise PackageError(f"the card's sobel is {short(self.sobel)}: must be {names}")
-        if wanted and not all(self.sobel[f"{axis}_min"] < self.sobel[f"{axis}_max"] for axis in "hv"):
-            raise PackageError(f"the card's sobel is {short(self.sobel)}: each minimum must be below its maximum")
+        if wanted and not all(self.sobel[f"{axis}_min"] <= self.sobel[f"{axis}_max"] for axis in "hv"):
+            raise PackageError(f"the card's sobel is {short(self.sobel)}: a minimum is above its maximum")
         try:
             json.dumps(self.metrics, allow_nan=False)
         except ValueError as error:

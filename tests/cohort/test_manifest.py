@@ -366,11 +366,11 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 def test_paths_may_be_urls(tmp_path: Path) -> None:
-    """A file: URL is a file; a chained one is a fault; what may be secret is not shown."""
+    """A file: URL is a file; a chained one or a query in S3 is a fault; what may be secret is not shown."""
     (tmp_path / "c.svs").touch()
     (tmp_path / "cohort.csv").write_text(
-        f"path\ns3://bucket/x/a.svs\ns3://bucket/scan.1/\nfile://{tmp_path}/c.svs\n"
-        "https://me:word@host/b.svs?key=word\nzip://me:word@d.svs::s3://bucket/x.zip\ns3://bucket/x/a.svs\n"
+        f"path\ns3://bucket/x/a.svs\ns3://bucket/scan.1/\nfile://{tmp_path}/c.svs\nhttps://me:word@host/b.svs?key=word\n"
+        "zip://me:word@d.svs::s3://bucket/x.zip\ns3://bucket/x/a.svs\ns3://bucket/d.svs?word\n"
     )
     cohort = read_cohort(tmp_path / "cohort.csv")
     assert [(r.slide_id, str(r.path)) for r in cohort.records] == [
@@ -379,8 +379,8 @@ def test_paths_may_be_urls(tmp_path: Path) -> None:
         ("c", f"{tmp_path}/c.svs"),
         ("b", "https://host/b.svs"),
     ]
-    assert [fault.row for fault in cohort.faults] == [6, 7]
-    assert "word" not in str(cohort)
+    assert [fault.row for fault in cohort.faults] == [6, 7, 8]
+    assert "word" not in str(cohort) and "has a query (?), which s3:// has not" in cohort.faults[2].message
     assert "chained" in cohort.faults[0].message and "x-a" in cohort.faults[1].message
 
 
