@@ -25,6 +25,7 @@ LAYERS = (
         "errors",
         "files",
         "formatting",
+        "importing",
         "progress",
         "geometry",
         "geojson",

@@ -14,6 +14,7 @@ from typing import Any
 from hover_batch.errors import InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.files import replacing
+from hover_batch.importing import importing_tiatoolbox
 
 _CACHE_KB = 64_000
 """Size in KB of SQLite's page cache while the store is written."""
@@ -38,7 +39,8 @@ def write_annotation_store(nuclei: NucleiTable, path: Path) -> None:
 
 def _write(nuclei: NucleiTable, path: Path) -> None:
     """Write the store; sqlite3.OperationalError if the disk is full or the file cannot be written."""
-    from tiatoolbox.annotation.storage import Annotation
+    with importing_tiatoolbox():
+        from tiatoolbox.annotation.storage import Annotation
 
     others = ["slide_id", "nucleus_id", "type_id", "type", "touches_border", "seam_uncertain"]
     with replacing(path) as temporary:
@@ -67,7 +69,8 @@ def sqlite_store() -> Any:
 
     InputError if this Python's SQLite lacks the R*Tree index.
     """
-    from tiatoolbox.annotation.storage import SQLiteStore
+    with importing_tiatoolbox():
+        from tiatoolbox.annotation.storage import SQLiteStore
 
     options = _compile_options()
     if "ENABLE_RTREE" not in options:

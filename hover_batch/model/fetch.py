@@ -11,13 +11,13 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from hover_batch.errors import DISK_FULL, PackageError
 from hover_batch.files import replacing, sweeping
+from hover_batch.importing import importing_tiatoolbox
 from hover_batch.model.cache import check_download, download_path
 from hover_batch.model.published import HUB, KINDS
 
@@ -118,8 +118,7 @@ def _through_tiatoolbox(name: str, path: Path) -> None:
     """Download the weights `name` to `path` by tiatoolbox. OSError if that fails."""
     if _offline():
         raise OSError("HF_HUB_OFFLINE is set")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings of tiatoolbox's import are irrelevant here
+    with importing_tiatoolbox():
         from tiatoolbox.models import architecture
     try:
         architecture.fetch_pretrained_weights(name, path.parent)

@@ -7,11 +7,7 @@ Importing tiatoolbox imports torch, so only `open_source` does it.
 
 from __future__ import annotations
 
-import logging
-import sys
-import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -20,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 from hover_batch.geometry import Box, Size
+from hover_batch.importing import importing_tiatoolbox
 from hover_batch.slide.dicom import quiet_wsidicom
 from hover_batch.slide.formats import bands, close_openslide, open_picture
 from hover_batch.slide.headers import Kind
@@ -44,36 +41,14 @@ def open_source(path: Path, kind: Kind) -> Source:
     """
     if kind == "picture":
         return PictureSource(path)
-    readers = _tiatoolbox_readers()
+    with importing_tiatoolbox():
+        from tiatoolbox.wsicore import wsireader as readers
     if kind == "openslide":
         return OpenSlideSource(readers.OpenSlideWSIReader(path, post_proc=None))
     if kind == "ome-tiff":
         return TiffSource(readers.TIFFWSIReader(path, post_proc=None, cache_size=_TIFF_CACHE_BYTES))
     with quiet_wsidicom():
         return DicomSource(readers.DICOMWSIReader(path, post_proc=None))
-
-
-def _tiatoolbox_readers() -> ModuleType:
-    """Import tiatoolbox.wsicore.wsireader without its side effects.
-
-    It sends the root logger's messages to stdout, where results belong, diverts Python's warnings to the log, and
-    leaves a file open.
-    """
-    first = "tiatoolbox" not in sys.modules
-    root = logging.getLogger()
-    guard = logging.NullHandler()
-    root.addHandler(guard)  # tiatoolbox does not change a root logger that has a handler
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="unclosed file .*pretrained_model", category=ResourceWarning)
-            from tiatoolbox.wsicore import wsireader
-
-            if first:
-                logging.captureWarnings(False)
-    finally:
-        root.removeHandler(guard)
-    module: ModuleType = wsireader
-    return module
 
 
 class OpenSlideSource:

@@ -173,15 +173,22 @@ print(sorted({{"torch", "tiatoolbox", "ray"}} & set(sys.modules)))
     assert done.stdout.split("\n") == ["0.25", "0.25", "[]", ""]
 
 
-def test_importing_tiatoolbox_leaves_logging_and_stdout_alone(data: Path) -> None:
+@pytest.mark.parametrize("first", ["reader", "annotation store"])
+def test_importing_tiatoolbox_leaves_logging_and_stdout_alone(data: Path, first: str) -> None:
+    use = {
+        "reader": f"""
+with open_slide(SlideRecord("s", Path({str(data / CMU)!r}), 2)):
+    pass""",
+        "annotation store": "sqlite_store()",
+    }
     code = f"""
 import logging, warnings
 from pathlib import Path
 from hover_batch.cohort.record import SlideRecord
+from hover_batch.export.annotation_store import sqlite_store
 from hover_batch.slide.reader import open_slide
 show = warnings.showwarning
-with open_slide(SlideRecord("s", Path({str(data / CMU)!r}), 2)):
-    pass
+{use[first]}
 print(logging.getLogger().handlers, warnings.showwarning is show)
 """
     root = Path(__file__).resolve().parents[2]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hover_batch.errors import PackageError
+from hover_batch.importing import importing_tiatoolbox
 from hover_batch.model.architectures.protocol import Architecture
 from hover_batch.model.card import Card
 
@@ -37,7 +38,8 @@ class MicroNet(nn.Module):
 
     def __init__(self, n_types: int, width: int = 64) -> None:
         super().__init__()
-        from tiatoolbox.models.architecture import micronet as library
+        with importing_tiatoolbox():
+            from tiatoolbox.models.architecture import micronet as library
 
         with torch.device("meta"):  # its layers of the published width are replaced
             self.network = library.MicroNet(num_output_channels=n_types)
