@@ -18,7 +18,8 @@ def main() -> None:
     """Run the command line with the arguments of this process, and exit with the code of the command.
 
     The thresholds of Python's garbage collector are raised to GC_THRESHOLDS. The exit code is 130 if Ctrl-C is pressed
-    while the program starts, and 2 if the current folder was removed.
+    while the program starts, and 2 if the current folder was removed. Afterwards, signals such as Ctrl-C
+    end the process at once.
     """
     gc.set_threshold(*GC_THRESHOLDS)
     try:
@@ -33,9 +34,9 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
-        from hover_batch.executor.interrupts import default_signals
+        from hover_batch.executor.interrupts import restore_default_actions
 
-        default_signals()  # while Python shuts down, a second Ctrl-C would print a traceback
+        restore_default_actions()  # Ctrl-C while Python shuts down would print a traceback
 
 
 if __name__ == "__main__":

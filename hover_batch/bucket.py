@@ -75,7 +75,7 @@ def storage_errors(
     except Exception as raised:  # each library has exceptions of its own
         error: BaseException = raised
         if url.protocol in ("http", "https") and isinstance(raised, FileNotFoundError):
-            error = raised.__cause__ or raised  # fsspec raises it for all failures, such as a server that is not there
+            error = raised.__cause__ or raised  # fsspec raises it for all failures
         status = getattr(error, "status", None)
         if isinstance(error, FileNotFoundError) or status in (404, 410):
             raise InputError(f"{url}: {missing}") from error

@@ -63,13 +63,13 @@ class Split:
     def parse(cls, text: str) -> Split:
         """Return the split in `text`, TRAIN/VAL/TEST.
 
-        Raises InputError if `text` does not name three folds, or the first is also the last.
+        Raises InputError if `text` does not name three folds, or TRAIN and TEST are the same.
         """
         folds = text.split("/")
         if len(folds) != 3 or not all(folds):
             raise InputError(f"--split {text}: give TRAIN/VAL/TEST, such as 1/2/3")
         if folds[0] == folds[2]:
-            raise InputError(f"--split {text}: would score on the training images; name another fold as TEST")
+            raise InputError(f"--split {text}: TRAIN and TEST are the same fold; name another one to score on")
         return cls(*folds)
 
 

@@ -140,7 +140,7 @@ def test_an_interruption_while_the_commands_are_built_ends_without_a_traceback(m
 
     monkeypatch.setattr("typer.main.get_command", interrupted)
     monkeypatch.setattr("gc.set_threshold", lambda *thresholds: None)
-    monkeypatch.setattr("hover_batch.executor.interrupts.default_signals", lambda: None)  # pytest keeps its own
+    monkeypatch.setattr("hover_batch.executor.interrupts.restore_default_actions", lambda: None)  # keep pytest's
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
@@ -163,7 +163,7 @@ main()
 def test_results_are_not_written_to_memory(command: str, tmp_path: Path) -> None:
     words = {"segment": ["segment", "--example"], "cohort": ["cohort", str(tmp_path)]}[command]
     result = CliRunner().invoke(app, [*words, "-o", "memory://bucket/out"])
-    assert result.exit_code == 2 and "memory://bucket/out: would be lost when this command ends" in result.stderr
+    assert result.exit_code == 2 and "memory://bucket/out: memory:// exists only while" in result.stderr
 
 
 def test_variables_in_lower_case_are_warned_of(tmp_path: Path) -> None:

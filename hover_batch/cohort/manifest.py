@@ -249,7 +249,9 @@ def _faults_of_slide(path: Path | Url, base: Path) -> list[str]:
     if isinstance(path, Url):  # `plan` asks for all such slides at once whether they exist
         if "::" in path.text:
             return ["chained URLs (::) are not supported; name the slide itself"]
-        return [f"has a query (?), which {path.protocol}:// has not; leave it out, or rename the file"] * path.odd_query
+        if path.has_unsupported_query:
+            return [f"has a ?, which {path.protocol}:// URLs may not have; remove the query, or rename the file"]
+        return []
     if fault := encoding_fault(str(path)):
         return [fault]
     try:

@@ -18,11 +18,11 @@ SLIDE_SUFFIXES = frozenset(
 """Suffixes, in lower case, of files that are taken for slides when a folder is listed."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_USER = re.compile(r"(?<=://)[^/@\s]*@")
-_SECRETS = re.compile(rf"{_USER.pattern}|[?#][^\s'\"]*")
-_KEYS = ("s3", "s3a", "gs", "gcs")
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]*@")
+_SECRETS = re.compile(rf"{_USER_INFO.pattern}|[?#][^\s'\"]*")
+_NO_FRAGMENT = ("s3", "s3a", "gs", "gcs")
 """Schemes of URLs without a fragment: # is a character of the file's name."""
-_SECRETS_OF_KEY = re.compile(rf"{_USER.pattern}|[?][^\s'\"]*")
+_NO_FRAGMENT_SECRETS = re.compile(rf"{_USER_INFO.pattern}|[?][^\s'\"]*")
 _CONTAINER = ("abfs", "abfss", "wasb", "wasbs")
 """Schemes of URLs in which the name before the @ is the container, not a user."""
 _CONTAINER_SECRETS = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]*(?=@)|[?#][^\s'\"]*")
@@ -55,22 +55,23 @@ class Url:
     __repr__ = __str__
 
     @property
-    def odd_query(self) -> bool:
-        """Whether the URL has a query, although those of this scheme have none, so that it may belong to the name."""
-        return self.protocol in _KEYS and "?" in self.text
+    def has_unsupported_query(self) -> bool:
+        """Whether a URL in S3 or Google Cloud Storage has a ?, which may begin a query or be part of the name."""
+        return self.protocol in _NO_FRAGMENT and "?" in self.text
 
     def without_secrets(self, text: str) -> str:
         """Return `text`, such as an error message about this URL, with the credentials in its URLs removed.
 
         These are the user and password before an @, and everything from a ? or # to the next space or quotation mark.
-        In abfs and wasb URLs, the name before the @ stays, since it is the container.
+        In abfs and wasb URLs, the name before the @ stays, since it is the container. If this URL is in S3 or Google
+        Cloud Storage, its # and what follows stay, since they are part of the name.
         """
         if self.protocol in _CONTAINER:
             return _CONTAINER_SECRETS.sub(r"\1", text)
         if "://" not in text:
             return text
-        if self.protocol in _KEYS:
-            own = _SECRETS_OF_KEY.sub("", self.text)
+        if self.protocol in _NO_FRAGMENT:
+            own = _NO_FRAGMENT_SECRETS.sub("", self.text)
             return own.join(_SECRETS.sub("", part) for part in text.split(self.text))
         return _SECRETS.sub("", text)
 

@@ -190,7 +190,7 @@ def place(text: str) -> Path | Url:
             "give credentials in the environment"
         )
     if url is not None and url.protocol == "memory":  # fsspec supports it, but it would be gone with this process
-        raise InputError(f"{url}: would be lost when this command ends; give a folder, or storage that stays")
+        raise InputError(f"{url}: memory:// exists only while this command runs; give a folder, or cloud storage")
     return url or given_path(text)
 
 

@@ -82,7 +82,10 @@ def _show(result: duckdb.DuckDBPyRelation) -> None:
 
 
 def _rounded(column: str, kind: str) -> str:
-    """Return a column for SELECT, rounded to eight digits if its type is DOUBLE; none before the point is changed."""
+    """Return the SQL that selects a column; DOUBLE is rounded to eight digits, but no digit before the point is lost.
+
+    `column`: quoted name. `kind`: its type.
+    """
     if kind != "DOUBLE":
         return column
     digits = f"greatest(0, 7 - CAST(floor(log10(abs({column}))) AS INT))"

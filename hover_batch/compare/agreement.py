@@ -18,7 +18,7 @@ from hover_batch.taxonomy import Taxonomy
 CELL = 128
 """Side in inference pixels of the cells in which densities and disagreements are counted: 32 µm at 40×."""
 MIN_CELLS = 16
-"""Number of cells from which a correlation of densities is given; that of fewer would be mostly chance."""
+"""Minimum number of cells for a correlation of densities; with fewer, it would be mostly chance."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,22 @@ class Agreement:
 
         `pq`: mean over fields. `detection_f1`: F1 score of detections within DETECTION_RADIUS_UM. Both are 1 for full
         agreement. `nuclei`: number found by each network. `density_correlation`: Pearson correlation of the numbers of
-        nuclei per cell; None if there are fewer than MIN_CELLS, or a network found the same number in all of them.
+        nuclei per cell; None if there are fewer than MIN_CELLS cells, or a network found the same number in all of
+        them.
 
         `confusion` has the keys `rows` and `columns`, the class names of the first and of the second network, each
         followed by `none`, and `counts`, a list of rows. A count is the number of matched nuclei with these classes;
         unmatched nuclei are in the row or column `none`.
         """
         cells = np.concatenate(self._densities, axis=1).astype(float)
-        has_variance = cells.shape[1] >= MIN_CELLS and bool((cells.std(axis=1) > 0).all())
+        is_defined = cells.shape[1] >= MIN_CELLS and bool((cells.std(axis=1) > 0).all())
         total = int(self._counts.sum())
         rows, columns = self._names
         return {
             "pq": _defined(mean_defined(self._qualities)),
             "detection_f1": 2 * self._paired / total if total else None,
             "nuclei": [int(n) for n in self._counts],
-            "density_correlation": float(np.corrcoef(cells)[0, 1]) if has_variance else None,
+            "density_correlation": float(np.corrcoef(cells)[0, 1]) if is_defined else None,
             "confusion": {"rows": [*rows, "none"], "columns": [*columns, "none"], "counts": self._table.tolist()},
         }
 

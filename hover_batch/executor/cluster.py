@@ -24,7 +24,7 @@ from typing import Any
 
 from hover_batch.config import InferSettings
 from hover_batch.errors import InputError
-from hover_batch.executor.raylet_watch import ending_with_raylet
+from hover_batch.executor.raylet_watch import exit_if_raylet_dies
 from hover_batch.executor.resources import Resources
 from hover_batch.model.package import Package
 
@@ -62,7 +62,7 @@ def started(
     Ray's environment variables are set, and stay set. While the block runs, stdout is redirected to `log`, since Ray
     prints messages there. During the start, stderr is redirected, too, unless it is a terminal.
 
-    If the cluster's raylet dies meanwhile, the process ends with exit code 1 (see `ending_with_raylet`).
+    If the cluster's raylet dies meanwhile, the process ends with exit code 1 (see `exit_if_raylet_dies`).
 
     `log`: file to which output is appended; it is created with its folder when needed. `object_store_bytes`: size of
     Ray's object store. `warn`: function that shows a line about each failed attempt that is followed by another, and
@@ -80,12 +80,12 @@ def started(
 
                 def raylet_died() -> None:
                     warn(
-                        f"Ray's raylet has died, perhaps because memory ran out (see {log}); finished work is kept: "
-                        "run the same command again to resume"
+                        f"Ray's raylet has died, perhaps because memory ran out (see {log}), so the run stops; "
+                        "finished work is kept: run the same command again to resume"
                     )
                     _kill_processes_of(folder)
 
-                with ending_with_raylet(folder, raylet_died):
+                with exit_if_raylet_dies(folder, raylet_died):
                     yield
         finally:
             ray.shutdown()
@@ -200,7 +200,7 @@ def _start(resources: Resources, object_store_bytes: int, folder: Path, log: Pat
 
 
 def _kill_processes_of(folder: Path) -> None:
-    """Kill the processes that a failed start or a dead raylet left behind, which Ray forgets.
+    """Kill the processes that a failed start or a dead raylet left behind, since Ray does not end them.
 
     The name of the folder, which is random, is in their command lines.
     """

@@ -17,8 +17,8 @@ def raise_interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def default_signals() -> None:
-    """From now on, let each of SIGNALS end the process at once and without a word, unless it is ignored."""
+def restore_default_actions() -> None:
+    """Restore the default action of each of SIGNALS: to end the process. Signals that are ignored stay ignored."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

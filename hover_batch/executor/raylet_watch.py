@@ -1,6 +1,6 @@
-"""End this process with a message when the raylet of its own Ray cluster has died.
+"""End this process when the raylet of its own Ray cluster has died.
 
-Ray itself would end it half a minute later, without a word. The raylet is Ray's process that manages a node.
+Ray itself would end it half a minute later, without a message. The raylet is Ray's process that manages a node.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from pathlib import Path
 from hover_batch.errors import HoverBatchError
 
 _POLL_S = 1.0
-"""Seconds between looks at the raylet."""
+"""Seconds between checks of the raylet."""
 
 
 @contextlib.contextmanager
-def ending_with_raylet(folder: Path, at_end: Callable[[], None]) -> Iterator[None]:
+def exit_if_raylet_dies(folder: Path, at_end: Callable[[], None]) -> Iterator[None]:
     """While the block runs, end this process with exit code 1 when the raylet of a cluster dies.
 
-    The process ends at once, as after a kill; `finally` blocks do not run. Without /proc, the raylet is not watched.
+    The process ends at once, as after a kill; `finally` blocks do not run. If the raylet is not
+    found, as on systems without /proc, it is not watched.
 
     `folder`: folder of the cluster's files, whose name is in the raylet's command line. `at_end`: called in a thread
     before the process ends.
     """
-    raylet = _raylet_of(folder)
+    raylet = _raylet_pid(folder)
     if raylet is None:
         yield
         return
@@ -49,7 +50,7 @@ def ending_with_raylet(folder: Path, at_end: Callable[[], None]) -> Iterator[Non
         watcher.join()
 
 
-def _raylet_of(folder: Path) -> int | None:
+def _raylet_pid(folder: Path) -> int | None:
     """Return the process id of the raylet with files in `folder`; None if it is not found."""
     for command_line in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -59,10 +60,10 @@ def _raylet_of(folder: Path) -> int | None:
     return None
 
 
-def _is_running(process: int) -> bool:
-    """Return whether a process exists and is not a zombie, which waits for its parent."""
+def _is_running(pid: int) -> bool:
+    """Return whether a process exists and is not a zombie, which has ended but is still listed."""
     try:
-        status = Path(f"/proc/{process}/stat").read_text()
+        status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return False
     return status.rpartition(")")[2].split()[0] not in "ZX"

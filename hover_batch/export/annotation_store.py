@@ -14,7 +14,7 @@ from typing import Any
 from hover_batch.errors import InputError
 from hover_batch.export.read import NucleiTable
 from hover_batch.files import replacing
-from hover_batch.importing import importing_tiatoolbox
+from hover_batch.tiatoolbox_import import importing_tiatoolbox
 
 _CACHE_KB = 64_000
 """Size in KB of SQLite's page cache while the store is written."""

@@ -67,9 +67,9 @@ def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
     nuclei, only the table is written, without `region`, since the library does not support empty polygons. An existing
     folder is replaced only when all is written.
 
-    All nuclei are held in memory. In the whole process, Python's warnings are suppressed while the library is imported;
-    while the folder is written, one warning is, and the pandas option future.infer_string is False. Call
-    `require_extra` first.
+    All nuclei are held in memory. In the whole process, Python's warnings are suppressed while the library is imported.
+    While the folder is written, anndata's warning about sharding is suppressed, and the pandas option
+    future.infer_string is False. Call `require_extra` first.
 
     OSError if the folder cannot be written, SlideError if the table is corrupted.
     """
@@ -82,7 +82,7 @@ def write_spatialdata(nuclei: NucleiTable, path: Path) -> None:
     from spatialdata.transformations import Identity, Scale
 
     with replacing_folder(path) as temporary, _plain_strings(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "zarr v3 autosharding")  # a change of anndata's default that readers allow
+        warnings.filterwarnings("ignore", "zarr v3 autosharding")  # a default will change; readers take both
         table = _anndata(nuclei)
         if nuclei.rows == 0:
             SpatialData(tables={"table": TableModel.parse(table)}).write(temporary)

@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from hover_batch.errors import DISK_FULL, PackageError
 from hover_batch.files import replacing, sweeping
-from hover_batch.importing import importing_tiatoolbox
 from hover_batch.model.cache import check_download, download_path
 from hover_batch.model.published import HUB, KINDS
+from hover_batch.tiatoolbox_import import importing_tiatoolbox
 
 _TIMEOUT_S = 60.0
 """Longest wait in seconds without data."""

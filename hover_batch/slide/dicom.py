@@ -63,8 +63,8 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
     `folder`: folder with the DICOM instances of one slide.
 
     InputError if the folder holds several slides. SlideError if it holds no DICOM file, a file cannot be read as DICOM,
-    the instances have no pixel spacing, parts of a concatenation are missing, two instances show the same level and
-    plane, there are several optical paths, or an instance is not supported by wsidicom. Other errors of wsidicom
+    the instances share no pixel spacing, parts of a concatenation are missing, two instances show the same level and
+    plane, a level has several optical paths, or an instance is not supported by wsidicom. Other errors of wsidicom
     propagate.
     """
     slides, files = _slides_in(folder)
@@ -78,12 +78,12 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
             wsi = WsiDicom.open(folder)
         except WsiDicomNoResolutionError as error:  # its text is empty, and mpp in the cohort would not help
             raise SlideError(
-                f"{folder}: the DICOM instances have no pixel spacing that holds for all frames "
-                "(SharedFunctionalGroupsSequence); add it, or convert the slide to TIFF"
+                f"{folder}: the DICOM instances have no pixel spacing that all frames share (PixelSpacing in "
+                "SharedFunctionalGroupsSequence); add it, or convert the slide to TIFF"
             ) from error
         except (WsiDicomNotFoundError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not isinstance(error.__cause__, StopIteration):
-                raise  # StopIteration: it left out the instances of a pyramid
+                raise  # with StopIteration as its cause, wsidicom has left out all instances of a pyramid
             raise _unsupported(folder, files.values()) from error
         with wsi:
             if len(wsi.pyramids) > 1:
@@ -105,7 +105,7 @@ def open_dicom(folder: Path) -> Iterator[WsiDicom]:
                 if len(paths) > 1:  # wsidicom would read one of them
                     raise SlideError(
                         f"{folder}: holds pictures of several optical paths ({listed(sorted(paths))}), such as "
-                        "illuminations; keep the files of one in the folder"
+                        "different illuminations; keep only the files of one path in the folder"
                     )
                 planes = [(z, path) for i in instances for z in i.focal_planes for path in i.optical_paths]
                 if len(set(planes)) < len(planes):  # wsidicom would read one of them

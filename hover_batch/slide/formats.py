@@ -106,10 +106,10 @@ def openslide_header(path: Path) -> Header:
 
 
 def close_openslide(slide: openslide.OpenSlide) -> None:
-    """Close a handle of OpenSlide so that Ctrl-C cannot interrupt it.
+    """Close a handle of OpenSlide in another thread, where Ctrl-C cannot interrupt it.
 
-    openslide-python notes in Python that the library has freed a handle. An interruption just before that would let it
-    free the handle again, which crashes the process. Only the main thread is interrupted, so another one closes it.
+    openslide-python marks a handle as closed only after the library has freed it. An interruption in between would let
+    it free the handle twice, which crashes the process. KeyboardInterrupt may be raised while this thread waits.
     """
     closed = threading.Event()
 
@@ -120,7 +120,7 @@ def close_openslide(slide: openslide.OpenSlide) -> None:
             closed.set()
 
     threading.Thread(target=close, name="close").start()
-    closed.wait()  # not Thread.join, which forgets a running thread when it is interrupted
+    closed.wait()  # an interrupted Thread.join may take the running thread for finished
 
 
 def _warnings_of_aperio(properties: Mapping[str, str], level0: Size) -> tuple[str, ...]:

@@ -68,8 +68,8 @@ def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
 
     `url`: URL of the slide's file or folder.
 
-    InputError if a folder holds slides that are files of their own. SlideError if the storage does not report the size
-    of a file. Other errors of fsspec and the storage's library
+    InputError if a folder holds slide files, such as .svs, and none that may be DICOM, with the suffix .dcm or none.
+    SlideError if the storage does not report the size of a file. Other errors of fsspec and the storage's library
     propagate.
     """
     import fsspec
@@ -82,7 +82,7 @@ def files_of(url: Url) -> tuple[Any, list[RemoteFile]]:
         files = _inside(storage, path, url.name)
         slides = [str(file.name) for file in files if file.name.suffix.lower() in SLIDE_SUFFIXES]
         if slides and not any(file.name.suffix.lower() in ("", ".dcm") for file in files):
-            raise InputError(f"{url}: is a folder of files ({listed(slides)}); give each slide a row with its own URL")
+            raise InputError(f"{url}: is a folder of slides ({listed(slides)}), not one slide; give each its own row")
     else:
         files = [RemoteFile(path, PurePosixPath(url.name), properties.get("size"))]
         if url.name.lower().endswith(".mrxs"):

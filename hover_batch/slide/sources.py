@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
 from hover_batch.geometry import Box, Size
-from hover_batch.importing import importing_tiatoolbox
 from hover_batch.slide.dicom import quiet_wsidicom
 from hover_batch.slide.formats import bands, close_openslide, open_picture
 from hover_batch.slide.headers import Kind
 from hover_batch.slide.tiff_checks import is_alpha
+from hover_batch.tiatoolbox_import import importing_tiatoolbox
 
 _LATTICE = 1024
 """Side in pixels of the blocks in which levels with a fractional downsample are read."""

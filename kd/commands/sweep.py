@@ -89,8 +89,8 @@ def sweep(
     """Train and score a student for every combination of --encoder, --alpha, --temperature, --seed and --split.
 
     It can be interrupted at any time: the same command skips finished runs and resumes the others. A failed run does
-    not stop the others. The scores of these runs are written to sweep.csv in OUT, which is replaced; the scores of each
-    run are in its folder, too.
+    not stop the others. The scores of the runs of this command are written to OUT/sweep.csv, and replace those of an
+    earlier command; each run's own scores are also in its folder.
 
     Exit codes: 0 all runs done, 3 some runs failed, 4 all runs failed.
 

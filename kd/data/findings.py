@@ -74,7 +74,7 @@ class Findings:
         lines = [f"{what}: {n:,}; not changed" for what, n in self._irregular.items() if n]
         lines += self.notes
         lines += [
-            f"{source}, fold {fold}: {counted(part.images, 'image')} without any nucleus; check the labels"
+            f"{source}, fold {fold}: no nucleus in the whole fold ({counted(part.images, 'image')}); check the labels"
             for (source, fold), part in self.parts.items()
             if not part.nuclei
         ]

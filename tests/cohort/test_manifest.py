@@ -380,7 +380,7 @@ def test_paths_may_be_urls(tmp_path: Path) -> None:
         ("b", "https://host/b.svs"),
     ]
     assert [fault.row for fault in cohort.faults] == [6, 7, 8]
-    assert "word" not in str(cohort) and "has a query (?), which s3:// has not" in cohort.faults[2].message
+    assert "word" not in str(cohort) and "has a ?, which s3:// URLs may not have" in cohort.faults[2].message
     assert "chained" in cohort.faults[0].message and "x-a" in cohort.faults[1].message
 
 

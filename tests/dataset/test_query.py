@@ -234,7 +234,7 @@ def test_a_long_result_on_the_terminal(asked: Asked) -> None:
 
 
 def test_numbers_on_the_terminal_keep_all_digits_before_the_point(asked: Asked) -> None:
-    """A shorter type would change dates and ids, which pandas writes as 20230115.0 beside a gap."""
+    """FLOAT would change dates and ids, which pandas writes as 20230115.0 in columns with missing values."""
     shown = {
         "20230115": "20230115.0",
         "16777217": "16777217.0",

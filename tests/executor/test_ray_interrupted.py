@@ -46,7 +46,7 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
         time.sleep(0.01)
     if how == "kill -9":
         process.kill()  # the driver alone: its helpers are to notice
-    elif how == "raylet killed":  # as by a system without memory
+    elif how == "raylet killed":  # as the system does when memory runs out
         [raylet] = [p for p in of_session(process.pid) if p.name() == "raylet"]
         raylet.kill()
     elif how == "SIGTERM":

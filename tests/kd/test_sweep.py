@@ -143,7 +143,7 @@ def test_an_interrupt_is_no_failure(tmp_path, trained):
         (["--split", "1/2/9", "--split", "1/2/3"], "--split: d has no images of the fold 9 to score on"),
         (["--test-fold", "tset"], "--test-fold: d has no images of the fold tset to score on; its folds are 1, 2"),
         (["--split", "1/2"], "--split 1/2: give TRAIN/VAL/TEST"),
-        (["--split", "1/2/1"], "--split 1/2/1: would score on the training images"),
+        (["--split", "1/2/1"], "--split 1/2/1: TRAIN and TEST are the same fold"),
         (["--split", "1/1/3"], "--val-fold 1: is also a fold to train on"),
         (["--split", "1/2/3", "--test-fold", "3"], "--split: already names the folds"),
         (["--split", "1/2/3", "--", "--fold", "1"], "--split: already names the folds"),

@@ -322,15 +322,15 @@ def test_pixels_lost_in_the_middle_are_a_slide_error(tmp_path: Path, data: Path)
 def test_an_interruption_does_not_come_between_closing_a_handle_and_noting_it(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the handle would be closed again when it is collected, and the process would crash."""
+    """Otherwise, the handle would be closed again when it is collected, and the process would crash."""
     slide = opened(data / CMU)
-    handle, noted = slide.source.reader.openslide_wsi._osr, openslide.lowlevel._OpenSlide.invalidate
+    handle, invalidate = slide.source.reader.openslide_wsi._osr, openslide.lowlevel._OpenSlide.invalidate
 
     def interrupted(closed: openslide.lowlevel._OpenSlide) -> None:
         if closed is handle:  # not one of another test that is collected now
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)  # long enough for the main thread to be interrupted
-        noted(closed)
+        invalidate(closed)
 
     with monkeypatch.context() as patch:
         patch.setattr(openslide.lowlevel._OpenSlide, "invalidate", interrupted)

@@ -117,7 +117,7 @@ def test_what_is_not_there_and_what_may_not_be_read(server: str) -> None:
 def test_a_folder_of_slides_is_no_slide(server: str) -> None:
     bucket.put("slides", {"x/a.svs": b"a", "x/b.TIF": b"b"})
     for url in ("s3://slides", "s3://slides/x/"):
-        with pytest.raises(InputError, match=rf"^{url}: is a folder of files \(.*b\.TIF\); give each slide a row"):
+        with pytest.raises(InputError, match=rf"^{url}: is a folder of slides \(.*b\.TIF\), not one slide"):
             remote_info(Url(url), None)
 
 

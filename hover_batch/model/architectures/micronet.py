@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from hover_batch.errors import PackageError
-from hover_batch.importing import importing_tiatoolbox
 from hover_batch.model.architectures.protocol import Architecture
 from hover_batch.model.card import Card
+from hover_batch.tiatoolbox_import import importing_tiatoolbox
 
 SIDE, KEPT = 252, 128
 """Side in pixels of the network's input and output, and of the part of a tile that is kept."""

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def importing_tiatoolbox() -> Iterator[None]:
-    """Suppress the side effects of an import of tiatoolbox in the block, and the warnings of that import.
+    """While tiatoolbox is imported in the block, suppress Python's warnings and the side effects on logging.
 
-    tiatoolbox sends the root logger's messages to stdout, where results belong, diverts Python's warnings to the log,
-    and leaves a file open. Not thread-safe, since the root logger and the filters of warnings belong to the process.
+    tiatoolbox sends the root logger's messages to stdout, where results belong, redirects Python's warnings to the log,
+    and leaves a file open, which gives a ResourceWarning. After the first import, logging.captureWarnings is switched
+    off. Not thread-safe, since the root logger and the warning filters belong to the process.
     """
     first = "tiatoolbox" not in sys.modules
     root, guard = logging.getLogger(), logging.NullHandler()
