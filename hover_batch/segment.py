@@ -16,7 +16,7 @@ from hover_batch.cohort.layout import RunLayout
 from hover_batch.cohort.ledger import Ledger, SlideFailure
 from hover_batch.cohort.manifest import Cohort, read_cohort
 from hover_batch.cohort.record import SlideRecord, Stage, Url
-from hover_batch.cohort.run_folder import estimate_line, estimate_of, read_run, slide_if_done
+from hover_batch.cohort.run_folder import COMPLETING, estimate_line, estimate_of, read_run, slide_if_done
 from hover_batch.cohort.run_key import ModelId
 from hover_batch.config import AUTO_BATCH, Settings
 from hover_batch.dataset.update import add_run
@@ -88,7 +88,7 @@ class Outcome:
             lines.append(f"{paths.slide_id}: {estimate_line(estimated['estimate'])}")
             lines.append(f"  table    {paths.sampled_nuclei_parquet} (of these clusters only)")
         if self.estimates:
-            lines.append("the same command without --stop-at completes the estimated slides")
+            lines.append(f"the same command {COMPLETING} completes the estimated slides")
         for slide in self.slides[:LISTED]:
             paths = self.layout.slide(slide["slide_id"])
             lines.append(f"{slide['slide_id']}: {slide['nuclei']:,} nuclei")

@@ -203,6 +203,10 @@ def slide_if_done(slide: SlideLayout, failed_at: datetime | None = None) -> dict
     return stored if is_own and _is_well_formed(stored) else None
 
 
+COMPLETING = "with --stop-at 0 and without --of"
+"""How the command of an estimate must be changed to complete it; --stop-at may also come from a file."""
+
+
 def estimate_of(slide: SlideLayout) -> dict[str, Any] | None:
     """Return the content of a slide's estimate.json; None if the slide is not estimated from a part of it.
 
@@ -225,7 +229,7 @@ def why_not_done(slide: SlideLayout) -> str:
     `slide`: paths of the results of a slide that is not done. OSError if estimate.json cannot be read.
     """
     if estimate_of(slide) is not None:
-        return "is only estimated from a part of it; repeat the segment command without --stop-at to complete it"
+        return f"is only estimated from a part of it; repeat the segment command {COMPLETING} to complete it"
     return "is not done; see failures.csv, or repeat the segment command to finish it"
 
 

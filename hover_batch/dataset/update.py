@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hover_batch.cohort.record import Url
-from hover_batch.cohort.run_folder import why_not_done
+from hover_batch.cohort.run_folder import COMPLETING, estimate_of, why_not_done
 from hover_batch.dataset.layout import DatasetLayout
 from hover_batch.dataset.nuclei_file import sorted_pieces, stored_pieces, write_files
 from hover_batch.dataset.slides import FIXED, SlideEntry, rows_table, with_rows
@@ -74,7 +74,8 @@ def add_run(folder: Path, dataset: Path | Url, slide_ids: Sequence[str], notify:
         update = _Update(source, writer, notify)
         update.run(chosen)
     if missing := update.result.skipped:
-        command = f"`{source.command}`" + " without --stop-at" * ("--stop-at" in source.command)
+        estimated = any(estimate_of(source.layout.slide(slide_id)) for slide_id in missing)
+        command = f"`{source.command}`" + f" {COMPLETING}" * estimated
         notify(
             f"{len(chosen) - len(missing):,} of {counted(len(chosen), 'slide')} are in the data set; missing: "
             f"{listed(missing)}. To add them, complete the run with {command}, and repeat this command"

@@ -170,8 +170,11 @@ def test_what_is_estimated_is_nowhere_taken_for_whole(
     def invoke(*command: object) -> str:
         return CliRunner().invoke(app, [str(word) for word in command]).output
 
-    assert "complete" in invoke("export", out, "--to", "csv", "--slide", "even")
-    invoke("cohort", out, "-o", tmp_path / "dataset")
+    # What was asked for may come from a file: leaving an option out does not undo it.
+    remedy = "with --stop-at 0 and without --of"
+    assert f"the same command {remedy} completes the estimated slides" in lines
+    assert f"repeat the segment command {remedy}" in invoke("export", out, "--to", "csv", "--slide", "even")
+    assert f"` {remedy}, and repeat" in invoke("cohort", out, "-o", tmp_path / "dataset")
     assert "even" not in pd.read_parquet(tmp_path / "dataset" / "slides.parquet").slide_id.to_list()
     assert "complete" in invoke("segment", "--from", out, "-o", tmp_path / "again")
 
