@@ -18,8 +18,8 @@ def main() -> None:
     """Run the command line with the arguments of this process, and exit with the code of the command.
 
     The thresholds of Python's garbage collector are raised to GC_THRESHOLDS. The exit code is 130 if Ctrl-C is pressed
-    while the program starts, and 2 if the current folder was removed. Afterwards, signals such as Ctrl-C
-    end the process at once.
+    while the program starts, and 2 if the current folder was removed. Afterwards, signals such as Ctrl-C end the
+    process at once.
     """
     gc.set_threshold(*GC_THRESHOLDS)
     try:

@@ -21,8 +21,8 @@ _POLL_S = 1.0
 def exit_if_raylet_dies(folder: Path, at_end: Callable[[], None]) -> Iterator[None]:
     """While the block runs, end this process with exit code 1 when the raylet of a cluster dies.
 
-    The process ends at once, as after a kill; `finally` blocks do not run. If the raylet is not
-    found, as on systems without /proc, it is not watched.
+    The process ends at once, as after a kill; `finally` blocks do not run. If the raylet is not found, as on
+    systems without /proc, it is not watched.
 
     `folder`: folder of the cluster's files, whose name is in the raylet's command line. `at_end`: called in a thread
     before the process ends.

@@ -291,9 +291,9 @@ def _interval(error: CountError | None, slides: Sequence[tuple[int, float | None
 def _quantiles(paths: Sequence[Path], column: str, total: int) -> list[float]:
     """Return the exact QUARTILES of a float32 column without negative values.
 
-    Quantiles are interpolated linearly, as in numpy and pandas. The bits of non-negative floats
-    sort as the floats do, so two passes suffice for any number of nuclei. The first counts the upper 16 bits and finds
-    those of each rank; the second counts the lower 16 bits of values with the same upper bits.
+    Quantiles are interpolated linearly, as in numpy and pandas. The bits of non-negative floats sort as the floats do,
+    so two passes suffice for any number of nuclei. The first counts the upper 16 bits and finds those of each rank; the
+    second counts the lower 16 bits of values with the same upper bits.
     """
     positions = [share * (total - 1) for share in QUARTILES.values()]
     ranks = sorted({rank for position in positions for rank in (math.floor(position), math.ceil(position))})
