@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -32,7 +32,8 @@ from kd.evaluation.scores import shown
 from kd.evaluation.slide_limits import slide_limits
 from kd.training.config import ENCODERS, TrainConfig
 from kd.training.initial_weights import build_network
-from kd.training.state import contents, read_checkpoint
+from kd.training.mean import read_checkpoints
+from kd.training.state import contents
 
 OPEN = {"tnbc": "TNBC", "nuinsseg": "NuInsSeg", "dsb2018": "DSB 2018"}
 """Sources under CC BY 4.0 or CC0 → their proper names. Weights trained only on these are under CC BY 4.0."""
@@ -63,8 +64,10 @@ def package_path(config: TrainConfig) -> Path:
     return config.out / f"{names.get(config.model, config.model)}.safetensors"
 
 
-def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> str:
-    """Write the weights of a training checkpoint as a package. Return its path and scores as text for the user.
+def make_package(checkpoints: Sequence[Path], data: Path, out: Path, threads: int = 0) -> str:
+    """Write the weights of a training checkpoint, or the mean of several, as a package.
+
+    Return its path and scores as text for the user.
 
     The Sobel constants are found on those images of the validation folds in which all nuclei are outlined; without any,
     the starter's constants are used, and the card says so. Systems other than HoVerNet's have no Sobel constants. The
@@ -75,16 +78,17 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
     Progress is printed to stdout. In this process, torch's number of threads is set for a CPU, and TF32 is switched off
     in cuDNN for a GPU.
 
-    `checkpoint`: file that the training wrote. `data`: the annotated images of the training. `out`: package to write;
-    missing folders are created, and an existing package is replaced. `threads`: threads of the network on the CPU; 0
-    for all cores.
+    `checkpoints`: files that trainings wrote, at least one; the card has the settings of the first, and of all as
+    `mean_of`. `data`: the annotated images of the training. `out`: package to write; missing folders are created, and
+    an existing package is replaced. `threads`: threads of the network on the CPU; 0 for all cores.
 
-    Raises InputError if the checkpoint or the data cannot be read, the checkpoint's weights do not fit its settings,
-    the validation images or their annotations are not those of the training, there are neither annotated nor predicted
-    nuclei to calibrate on, or an image has too many nuclei to pair; PackageError if a weight is not finite; OSError if
-    the package cannot be written.
+    Raises InputError if a checkpoint or the data cannot be read, the checkpoint's weights do not fit its settings,
+    several cannot be averaged (see `read_checkpoints`), the validation images or their annotations are not those of the
+    training, there are neither annotated nor predicted nuclei to calibrate on, or an image has too many nuclei to pair;
+    PackageError if a weight is not finite; OSError if the package cannot be written.
     """
-    saved = read_checkpoint(checkpoint)
+    saved = read_checkpoints(checkpoints)
+    given = ", ".join(map(str, checkpoints))
     config, record = saved["config"], saved["record"]
     try:
         taxonomy = Taxonomy.from_json(record["taxonomy"])
@@ -93,19 +97,18 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         folds = {"val": config["val_folds"]} | ({"test": ["test"]} if config["train_folds"] == ["train"] else {})
         sources = record["data"]["train"]
         validated_on = (record["saw"]["val"], record["truth_sha256"]["val"])
-        licence, note = _licence(sources, record["teacher"], record["before"]), _note(sources, taxonomy)
+        licence = _licence(sources, record["teacher"], record["before"])
+        note = _note(sources, taxonomy, n_averaged=len(checkpoints))
         kind = architecture(config["model"])
     except DAMAGED as error:
-        raise InputError(
-            f"{checkpoint}: its weights do not fit its settings; train again with another --out"
-        ) from error
+        raise InputError(f"{given}: its weights do not fit its settings; train again with another --out") from error
     half = config["model"] in ENCODERS
     if half:
         network.half().float()  # score the weights as they are stored in the package
     if not_finite(network.state_dict()):
         too_large = " or too large for float16" if half else ""
         raise PackageError(
-            f"{checkpoint}: a weight is not finite{too_large}, because the training has diverged; train again with a "
+            f"{given}: a weight is not finite{too_large}, because the training has diverged; train again with a "
             "lower --lr"
         )
     splits = {
@@ -113,7 +116,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         for part, part_folds in folds.items()
     }
     if (hashes_of(splits["val"]), truth_sha256(splits["val"])) != validated_on:
-        raise InputError(f"--data {data}: is not the data that {checkpoint} was validated on; give that one")
+        raise InputError(f"--data {data}: is not the data that {given} was validated on; give that one")
     tile_in, tile_out = kind.tile
     card = Card(
         name=out.stem,
@@ -130,6 +133,7 @@ def make_package(checkpoint: Path, data: Path, out: Path, threads: int = 0) -> s
         training={
             "steps": saved["step"],
             "settings": config,
+            "mean_of": saved["mean_of"],
             "before": record["before"],
             "teacher": record["teacher"],
             "saw": record["saw"],
@@ -228,9 +232,14 @@ def _licence(
     return terms if teacher is None else f"{terms}; distilled from {teacher['name']} ({teacher['licence']})"
 
 
-def _note(sources: Mapping[str, Mapping[str, int]], taxonomy: Taxonomy) -> str:
-    """Return caveats for readers of the scores, such as the sources from which each class was learnt."""
+def _note(sources: Mapping[str, Mapping[str, int]], taxonomy: Taxonomy, n_averaged: int = 1) -> str:
+    """Return notes for readers of the scores, such as the sources from which each class was learnt.
+
+    `n_averaged`: number of trainings whose weights were averaged.
+    """
     notes = []
+    if n_averaged > 1:
+        notes.append(f"The weights are the mean of those of {n_averaged} trainings.")
     if "consep" in sources:
         notes.append("CoNSeP's tiles are split by tile: patients may be shared between splits.")
     untyped = [KNOWN.get(s, s) for s, entry in sources.items() if not entry["typed"]]

@@ -305,7 +305,7 @@ def do_run(run: Run) -> None:
     with (run.folder / "train.txt").open("a", encoding="utf-8") as printed, contextlib.redirect_stdout(printed):
         try:
             train(config)
-            print(make_package(run.folder / CHECKPOINT, config.data, package))
+            print(make_package([run.folder / CHECKPOINT], config.data, package))
             evaluation = evaluate_package(
                 str(package),
                 config.data,

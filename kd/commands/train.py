@@ -210,7 +210,7 @@ def train(
             f"replace {package.name}; give another folder, or move the file"
         )
     run(config)
-    typer.echo(make_package(checkpoint, config.data, package))
+    typer.echo(make_package([checkpoint], config.data, package))
 
 
 def train_settings(options: Mapping[str, Any]) -> dict[str, Any]:

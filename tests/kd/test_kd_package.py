@@ -22,6 +22,7 @@ from kd.commands.package import package as package_command
 from kd.data.datasets import Sample, read_data
 from kd.package import NOT_CALIBRATED, _licence, _note, make_package
 from kd.training.config import TrainConfig
+from kd.training.mean import read_checkpoints
 from kd.training.train import train
 
 pytestmark = pytest.mark.usefixtures("by_torch")
@@ -51,7 +52,7 @@ def package(config):
         patch.setattr(kd.training.train, "open_teacher", lambda path, taxonomy: Knows())
         train(replace(config, teacher=Path("taught"), alpha=0.5))
         patch.setattr(kd.package, "Predictor", Recorded)
-        lines = make_package(config.out / "checkpoint.pt", config.data, config.out / "student.safetensors", threads=1)
+        lines = make_package([config.out / "checkpoint.pt"], config.data, config.out / "student.safetensors", threads=1)
     return find_package(str(config.out / "student.safetensors")), lines
 
 
@@ -87,10 +88,57 @@ def test_the_weights_are_those_of_the_checkpoint_in_float16(package, config):
         assert torch.equal(tensor, expected), name
 
 
+@pytest.fixture(scope="module")
+def two(package, config, tmp_path_factory) -> list[Path]:
+    """Checkpoints as if of two trainings from a package, whose weights differ by 0.5."""
+    saved = torch.load(config.out / "checkpoint.pt", weights_only=True)
+    saved = {name: saved[name] for name in ("config", "record", "shipped", "step")}
+    folder = tmp_path_factory.mktemp("two")
+    for seed in (7, 8):
+        settings = saved["config"] | {"init": "first.safetensors", "seed": seed}
+        shipped = {n: t + (seed - 7) / 2 if t.is_floating_point() else t for n, t in saved["shipped"].items()}
+        torch.save(saved | {"config": settings, "shipped": shipped}, folder / f"{seed}.pt")
+    return [folder / "7.pt", folder / "8.pt"]
+
+
+def test_several_checkpoints_give_the_mean_of_their_weights(two, config, tmp_path, by_default):
+    make_package(two, config.data, tmp_path / "mean.safetensors", threads=1)
+    found = find_package(str(tmp_path / "mean.safetensors"))
+    a, b = (torch.load(path, weights_only=True)["shipped"] for path in two)
+    for name, tensor in load_network(found).state_dict().items():
+        mean = (a[name].double() + b[name].double()) / 2
+        assert torch.equal(tensor, mean.float().half().float() if tensor.is_floating_point() else a[name]), name
+    training = found.card.training
+    assert [(t["steps"], t["settings"]["seed"]) for t in training["mean_of"]] == [(1, 7), (1, 8)]
+    assert training["note"].startswith("The weights are the mean of those of 2 trainings. ")
+
+
+def test_what_cannot_be_averaged_is_refused(two, tmp_path):
+    saved = torch.load(two[1], weights_only=True)
+    other = tmp_path / "other.pt"
+    record, bias = saved["record"], saved["shipped"]["segmentation_head.0.bias"]
+    for changed, message in (
+        ({}, r"other\.pt: is the same training as .*8\.pt"),
+        ({"config": saved["config"] | {"encoder": "mit_b2"}}, r"other\.pt: has another network than .*7\.pt"),
+        ({"record": record | {"before": {"steps": 2}}}, r"other\.pt: was .* from other weights than .*7\.pt"),
+        ({"record": record | {"truth_sha256": {}}}, r"other\.pt: was trained on other images or annotations"),
+        ({"step": 2, "shipped": saved["shipped"] | {"segmentation_head.0.bias": bias[:1]}}, "7.pt, .* do not fit"),
+        ({"config": []}, "7.pt, .* do not fit"),
+    ):
+        torch.save(saved | changed, other)
+        with pytest.raises(InputError, match=message):
+            read_checkpoints([*two, other])
+    for seed in (1, 2):
+        settings = saved["config"] | {"init": None, "seed": seed}
+        torch.save(saved | {"config": settings}, tmp_path / f"{seed}.pt")
+    with pytest.raises(InputError, match=r"2\.pt and .*1\.pt: began with different random weights"):
+        read_checkpoints([tmp_path / "1.pt", tmp_path / "2.pt"])
+
+
 def test_a_trained_teacher_becomes_a_package_that_predicts(config, tmp_path):
     small = replace(config, model="hovernet-fast", width=8, size=128, val_folds=("test",), out=tmp_path)
     train(small)
-    lines = make_package(tmp_path / "checkpoint.pt", config.data, tmp_path / "teacher.safetensors", threads=1)
+    lines = make_package([tmp_path / "checkpoint.pt"], config.data, tmp_path / "teacher.safetensors", threads=1)
     assert f"calibration: {NOT_CALIBRATED}" in lines
     found = find_package(str(tmp_path / "teacher.safetensors"))
     assert (found.card.architecture, found.card.encoder) == ("hovernet-fast", "")
@@ -123,7 +171,7 @@ def test_sources_that_are_not_known_leave_the_licence_to_their_own():
 
 def test_annotations_without_types_train_one_class(config, tmp_path, by_default):
     train(replace(config, sources={"tnbc": 1.0}, out=tmp_path))
-    make_package(tmp_path / "checkpoint.pt", config.data, tmp_path / "open.safetensors", threads=1)
+    make_package([tmp_path / "checkpoint.pt"], config.data, tmp_path / "open.safetensors", threads=1)
     card = find_package(str(tmp_path / "open.safetensors")).card
     assert [c.name for c in card.taxonomy.nuclei] == ["nucleus"]
     assert card.licence == "CC BY 4.0: trained on TNBC"
@@ -143,36 +191,36 @@ def test_the_note_says_which_source_taught_a_class():
 
 def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
     with pytest.raises(InputError, match="no such checkpoint"):
-        make_package(tmp_path / "checkpoint.pt", config.data, tmp_path / "a.safetensors")
+        make_package([tmp_path / "checkpoint.pt"], config.data, tmp_path / "a.safetensors")
     torch.save({"config": {}, "step": 3}, tmp_path / "old.pt")
     (tmp_path / "text.pt").write_text("no weights")
     for other in (tmp_path / "text.pt", config.out / "student.safetensors"):
         with pytest.raises(InputError, match="not a checkpoint of `hover-batch kd train`"):
-            make_package(other, config.data, tmp_path / "a.safetensors")
+            make_package([other], config.data, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match="-o .*: the name of a package must end in .safetensors"):
-        package_command(config.out / "checkpoint.pt", config.data, tmp_path / "folder")
+        package_command([config.out / "checkpoint.pt"], config.data, tmp_path / "folder")
     with pytest.raises(InputError, match="-o /proc/a/b.safetensors: .*; give a file in a folder that can be written"):
-        package_command(config.out / "checkpoint.pt", config.data, Path("/proc/a/b.safetensors"))
+        package_command([config.out / "checkpoint.pt"], config.data, Path("/proc/a/b.safetensors"))
     with pytest.raises(InputError, match="older version"):
-        make_package(tmp_path / "old.pt", config.data, tmp_path / "a.safetensors")
+        make_package([tmp_path / "old.pt"], config.data, tmp_path / "a.safetensors")
     flipped = bytearray((config.out / "checkpoint.pt").read_bytes())
     flipped[len(flipped) // 2] ^= 1
     (tmp_path / "flipped.pt").write_bytes(flipped)
     with pytest.raises(InputError, match=r"flipped\.pt: not a checkpoint .*, or corrupted"):
-        make_package(tmp_path / "flipped.pt", config.data, tmp_path / "a.safetensors")
+        make_package([tmp_path / "flipped.pt"], config.data, tmp_path / "a.safetensors")
     saved = torch.load(config.out / "checkpoint.pt", weights_only=True)
     torch.save(saved | {"config": saved["config"] | {"model": "hovernet-fast"}}, tmp_path / "other.pt")
     with pytest.raises(InputError, match=r"other\.pt: its weights do not fit its settings"):
-        make_package(tmp_path / "other.pt", config.data, tmp_path / "a.safetensors")
+        make_package([tmp_path / "other.pt"], config.data, tmp_path / "a.safetensors")
     for changed in ({"taxonomy": 5}, {"saw": []}, {"data": {"train": None}}, {"before": [1]}):
         torch.save(saved | {"record": saved["record"] | changed}, tmp_path / "other.pt")
         with pytest.raises(InputError, match=r"other\.pt: its weights do not fit its settings"):
-            make_package(tmp_path / "other.pt", config.data, tmp_path / "a.safetensors")
+            make_package([tmp_path / "other.pt"], config.data, tmp_path / "a.safetensors")
     (tmp_path / "data").mkdir()
     other_data = write_folder(tmp_path / "data", seed=5)
     with pytest.raises(InputError, match="--data .*data: is not the data that .*checkpoint.pt was validated on"):
-        make_package(config.out / "checkpoint.pt", other_data, tmp_path / "a.safetensors")
+        make_package([config.out / "checkpoint.pt"], other_data, tmp_path / "a.safetensors")
     saved["shipped"]["segmentation_head.0.bias"][0] = 1e6
     torch.save(saved, tmp_path / "large.pt")
     with pytest.raises(PackageError, match="too large for float16"):
-        make_package(tmp_path / "large.pt", config.data, tmp_path / "a.safetensors")
+        make_package([tmp_path / "large.pt"], config.data, tmp_path / "a.safetensors")

@@ -58,7 +58,7 @@ def trained(monkeypatch) -> list[TrainConfig]:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(kd.sweep, "train", train)
-    monkeypatch.setattr(kd.sweep, "make_package", lambda checkpoint, data, out: f"{checkpoint.name} to {out.name}")
+    monkeypatch.setattr(kd.sweep, "make_package", lambda given, data, out: f"{given[0].name} to {out.name}")
     monkeypatch.setattr(kd.sweep, "evaluate_package", Scored)
     monkeypatch.setattr(kd.sweep, "hashes_of_inputs", lambda data, teacher: {"data_sha256": "0123"})
     monkeypatch.setattr(kd.sweep, "folds_of", lambda data: ["1", "2", "3", "test"])

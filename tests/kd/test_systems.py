@@ -150,7 +150,7 @@ def test_a_system_is_trained_packaged_and_evaluated(
         data=folder, out=tmp_path / "out", model=model, batch=2, steps=2, epoch_steps=2, threads=1, **settings
     )
     train(config)
-    lines = make_package(config.out / "checkpoint.pt", folder, package_path(config), threads=1)
+    lines = make_package([config.out / "checkpoint.pt"], folder, package_path(config), threads=1)
     assert f"calibration: none: {model} has no Sobel constants" in lines
     package = find_package(str(config.out / f"{model}.safetensors"))
     card = package.card
