@@ -78,14 +78,15 @@ def make_package(checkpoints: Sequence[Path], data: Path, out: Path, threads: in
     Progress is printed to stdout. In this process, torch's number of threads is set for a CPU, and TF32 is switched off
     in cuDNN for a GPU.
 
-    `checkpoints`: files that trainings wrote, at least one; the card has the settings of the first, and of all as
-    `mean_of`. `data`: the annotated images of the training. `out`: package to write; missing folders are created, and
-    an existing package is replaced. `threads`: threads of the network on the CPU; 0 for all cores.
+    `checkpoints`: one or more files that trainings wrote. With several, the card records the `steps` and `settings` of
+    the first, and those of all under `mean_of`. `data`: the annotated images of the training. `out`: package to write;
+    missing folders are created, and an existing package is replaced. `threads`: threads of the network on the CPU; 0
+    for all cores.
 
-    Raises InputError if a checkpoint or the data cannot be read, the checkpoint's weights do not fit its settings,
-    several cannot be averaged (see `read_checkpoints`), the validation images or their annotations are not those of the
-    training, there are neither annotated nor predicted nuclei to calibrate on, or an image has too many nuclei to pair;
-    PackageError if a weight is not finite; OSError if the package cannot be written.
+    Raises InputError if a checkpoint or the data cannot be read, weights do not fit the settings, several cannot be
+    averaged (see `read_checkpoints`), the validation images or their annotations are not those of the training, there
+    are neither annotated nor predicted nuclei to calibrate on, or an image has too many nuclei to pair; PackageError if
+    a weight is not finite; OSError if the package cannot be written.
     """
     saved = read_checkpoints(checkpoints)
     given = ", ".join(map(str, checkpoints))
@@ -101,14 +102,14 @@ def make_package(checkpoints: Sequence[Path], data: Path, out: Path, threads: in
         note = _note(sources, taxonomy, n_averaged=len(checkpoints))
         kind = architecture(config["model"])
     except DAMAGED as error:
-        raise InputError(f"{given}: its weights do not fit its settings; train again with another --out") from error
+        raise InputError(f"{given}: weights do not fit the settings; train again with another --out") from error
     half = config["model"] in ENCODERS
     if half:
         network.half().float()  # score the weights as they are stored in the package
     if not_finite(network.state_dict()):
         too_large = " or too large for float16" if half else ""
         raise PackageError(
-            f"{given}: a weight is not finite{too_large}, because the training has diverged; train again with a "
+            f"{given}: a weight is not finite{too_large}, because a training has diverged; train again with a "
             "lower --lr"
         )
     splits = {
@@ -116,7 +117,10 @@ def make_package(checkpoints: Sequence[Path], data: Path, out: Path, threads: in
         for part, part_folds in folds.items()
     }
     if (hashes_of(splits["val"]), truth_sha256(splits["val"])) != validated_on:
-        raise InputError(f"--data {data}: is not the data that {given} was validated on; give that one")
+        raise InputError(
+            f"--data {data}: differs from the validation images or annotations of {given}; give the data of the "
+            "training"
+        )
     tile_in, tile_out = kind.tile
     card = Card(
         name=out.stem,

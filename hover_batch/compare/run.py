@@ -194,7 +194,10 @@ def _notes(sides: Sequence[Side], nuclei_compared: bool) -> list[str]:
     if not nuclei_compared:
         notes.append("only costs were compared: this says nothing about quality")
     for side in sides:
-        if steps := side.card.training.get("steps"):
+        trainings = side.card.training.get("mean_of")
+        if isinstance(trainings, list) and trainings:
+            notes.append(f"{side.name} is the mean of {len(trainings)} trainings")
+        elif steps := side.card.training.get("steps"):
             notes.append(f"{side.name} was trained for {steps} steps")
         if seen := side.card.training.get("seen"):
             notes.append(f"{side.name} was trained on: {seen}")

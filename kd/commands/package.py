@@ -14,7 +14,7 @@ def package(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            help="checkpoint.pt in the output folder of `kd train`; several are averaged.",
+            help="checkpoint.pt in the output folder of `kd train`; of several, the mean of the weights is packaged.",
             parser=local_path,
             metavar="CHECKPOINT...",
             show_default=False,
@@ -25,12 +25,13 @@ def package(
 ) -> None:
     """Turn a checkpoint of `kd train`, or the mean of several, into a model package for `segment`.
 
-    One checkpoint is needed only if a training run was stopped early, because `kd train` writes the package at its end.
-    The package contains the averaged or best weights, and a card with Sobel constants found on the validation folds and
-    with scores.
+    For a single checkpoint, this is needed only if the training was stopped early, because `kd train` writes the
+    package at its end. The package contains the moving average of the weights or those of the best epoch, and a card
+    with Sobel constants found on the validation folds and with scores.
 
-    Of several trainings that began with the same package (`--init`) but had other seeds or settings, the mean of the
-    weights is packaged. It can be better than each of them, and is no slower.
+    Give several checkpoints to package the mean of their weights. The trainings must have the same network, images,
+    teacher and initial package (`--init`), but different seeds or settings. The mean can be better than each of them,
+    and is as fast.
 
     hover-batch kd package student/checkpoint.pt --data annotated.zarr -o student.safetensors
 

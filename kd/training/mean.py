@@ -21,7 +21,7 @@ NETWORK = ("model", "encoder", "width")
 
 
 def read_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return the content of a checkpoint; of several, that of the first, with the mean of their weights as `shipped`.
+    """Return the content of the first checkpoint, with the mean of the weights of all as `shipped`.
 
     Integers in the weights, such as the counters of batch normalisation, are those of the first. The key `mean_of` has
     the `steps` and `settings` of each training, in the order of `paths`; with one checkpoint, it is empty.
@@ -47,7 +47,7 @@ def read_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
         shipped = {name: _mean([saved["shipped"][name] for saved in averaged]) for name in first["shipped"]}
     except DAMAGED as error:
         raise InputError(
-            f"{', '.join(map(str, paths))}: weights that do not fit their settings; train again with another --out"
+            f"{', '.join(map(str, paths))}: weights do not fit the settings; train again with another --out"
         ) from error
     return {**first, "shipped": shipped, "mean_of": trainings}
 
@@ -55,17 +55,18 @@ def read_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
 def _check(path: Path, saved: Mapping[str, Any], first_path: Path, first: Mapping[str, Any]) -> None:
     """Check that the checkpoint `saved` in `path` can be averaged with `first`. Raises InputError if it cannot."""
     if [saved["config"][name] for name in NETWORK] != [first["config"][name] for name in NETWORK]:
-        raise InputError(f"{path}: has another network than {first_path}; package them separately")
+        raise InputError(
+            f"{path}: has a different network from {first_path} (--model or --encoder); package them separately"
+        )
     if saved["record"] != first["record"]:
         raise InputError(
-            f"{path}: was trained on other images or annotations, with another teacher, or from other weights than "
-            f"{first_path}; give checkpoints of trainings that differ only in their settings, or package them "
-            "separately"
+            f"{path}: its images, annotations, classes, teacher or initial weights are not those of {first_path}; give "
+            "checkpoints of trainings with the same --data, --teacher and --init, or package them separately"
         )
     if first["config"]["init"] is None:
         raise InputError(
-            f"{path} and {first_path}: began with different random weights, so that their mean is useless; give "
-            "checkpoints of trainings with --init, or package them separately"
+            f"{path} and {first_path}: were trained without --init, and the mean of networks that began with different "
+            "random weights is useless; give checkpoints of trainings with the same --init, or package them separately"
         )
 
 

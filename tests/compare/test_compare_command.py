@@ -64,14 +64,14 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     teacher = build_teacher(TeacherArch("fast", len(CONSEP.classes), 8))
     student = build_student(StudentArch("mit_b0", len(CONSEP.classes)))
     found = {}
-    for name, network, architecture, encoder, tile_in in (
-        ("narrow", teacher, "hovernet-fast", "", 160),
-        ("small", student, "unet", "mit_b0", 96),
+    for name, network, architecture, encoder, tile_in, trained in (
+        ("narrow", teacher, "hovernet-fast", "", 160, {"steps": 5}),
+        ("small", student, "unet", "mit_b0", 96, {"steps": 5, "mean_of": [{"steps": 5}, {"steps": 9}]}),
     ):
         found[name] = folder / f"{name}.safetensors"
         card = Card(
             name=name, architecture=architecture, encoder=encoder, taxonomy=CONSEP, mpp=0.25, tile_in=tile_in,
-            tile_out=64, sobel=sobel, licence="none", training={"seen": MARKUP},
+            tile_out=64, sobel=sobel, licence="none", training={"seen": MARKUP, **trained},
         )  # fmt: skip
         save_package(found[name], network, card, half=False)
     return found
@@ -102,6 +102,7 @@ def test_two_packages_are_compared_on_the_same_pixels(packages: dict[str, Path],
     first, second = found["sides"]
     assert (first["name"], second["name"]) == ("narrow", "small")
     assert not first["random_weights"] and not second["random_weights"]
+    assert {"narrow was trained for 5 steps", "small is the mean of 2 trainings"} < set(found["notes"])
     # The square with most of the mask.
     assert [(f["x"], f["y"], f["shape"]) for f in found["fields"]] == [(256, 128, [128, 128])]
     assert found["ratios"]["parameters"] == first["parameters"] / second["parameters"]

@@ -90,7 +90,7 @@ def test_the_weights_are_those_of_the_checkpoint_in_float16(package, config):
 
 @pytest.fixture(scope="module")
 def two(package, config, tmp_path_factory) -> list[Path]:
-    """Checkpoints as if of two trainings from a package, whose weights differ by 0.5."""
+    """Two checkpoints, as of trainings with the same --init, whose weights differ by 0.5."""
     saved = torch.load(config.out / "checkpoint.pt", weights_only=True)
     saved = {name: saved[name] for name in ("config", "record", "shipped", "step")}
     folder = tmp_path_factory.mktemp("two")
@@ -119,11 +119,14 @@ def test_what_cannot_be_averaged_is_refused(two, tmp_path):
     record, bias = saved["record"], saved["shipped"]["segmentation_head.0.bias"]
     for changed, message in (
         ({}, r"other\.pt: is the same training as .*8\.pt"),
-        ({"config": saved["config"] | {"encoder": "mit_b2"}}, r"other\.pt: has another network than .*7\.pt"),
-        ({"record": record | {"before": {"steps": 2}}}, r"other\.pt: was .* from other weights than .*7\.pt"),
-        ({"record": record | {"truth_sha256": {}}}, r"other\.pt: was trained on other images or annotations"),
-        ({"step": 2, "shipped": saved["shipped"] | {"segmentation_head.0.bias": bias[:1]}}, "7.pt, .* do not fit"),
-        ({"config": []}, "7.pt, .* do not fit"),
+        ({"config": saved["config"] | {"encoder": "mit_b2"}}, r"other\.pt: has a different network from .*7\.pt"),
+        ({"record": record | {"before": {"steps": 2}}}, r"other\.pt: its .* initial weights are not those of .*7\.pt"),
+        ({"record": record | {"truth_sha256": {}}}, r"other\.pt: its images, annotations"),
+        (
+            {"step": 2, "shipped": saved["shipped"] | {"segmentation_head.0.bias": bias[:1]}},
+            "7.pt, .* weights do not fit the settings",
+        ),
+        ({"config": []}, "7.pt, .* weights do not fit the settings"),
     ):
         torch.save(saved | changed, other)
         with pytest.raises(InputError, match=message):
@@ -131,7 +134,7 @@ def test_what_cannot_be_averaged_is_refused(two, tmp_path):
     for seed in (1, 2):
         settings = saved["config"] | {"init": None, "seed": seed}
         torch.save(saved | {"config": settings}, tmp_path / f"{seed}.pt")
-    with pytest.raises(InputError, match=r"2\.pt and .*1\.pt: began with different random weights"):
+    with pytest.raises(InputError, match=r"2\.pt and .*1\.pt: were trained without --init"):
         read_checkpoints([tmp_path / "1.pt", tmp_path / "2.pt"])
 
 
@@ -210,15 +213,17 @@ def test_what_is_no_checkpoint_is_refused(package, config, tmp_path):
         make_package([tmp_path / "flipped.pt"], config.data, tmp_path / "a.safetensors")
     saved = torch.load(config.out / "checkpoint.pt", weights_only=True)
     torch.save(saved | {"config": saved["config"] | {"model": "hovernet-fast"}}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match=r"other\.pt: its weights do not fit its settings"):
+    with pytest.raises(InputError, match=r"other\.pt: weights do not fit the settings"):
         make_package([tmp_path / "other.pt"], config.data, tmp_path / "a.safetensors")
     for changed in ({"taxonomy": 5}, {"saw": []}, {"data": {"train": None}}, {"before": [1]}):
         torch.save(saved | {"record": saved["record"] | changed}, tmp_path / "other.pt")
-        with pytest.raises(InputError, match=r"other\.pt: its weights do not fit its settings"):
+        with pytest.raises(InputError, match=r"other\.pt: weights do not fit the settings"):
             make_package([tmp_path / "other.pt"], config.data, tmp_path / "a.safetensors")
     (tmp_path / "data").mkdir()
     other_data = write_folder(tmp_path / "data", seed=5)
-    with pytest.raises(InputError, match="--data .*data: is not the data that .*checkpoint.pt was validated on"):
+    with pytest.raises(
+        InputError, match="--data .*data: differs from the validation images or annotations of .*checkpoint.pt"
+    ):
         make_package([config.out / "checkpoint.pt"], other_data, tmp_path / "a.safetensors")
     saved["shipped"]["segmentation_head.0.bias"][0] = 1e6
     torch.save(saved, tmp_path / "large.pt")
