@@ -130,15 +130,16 @@ def test_pixel_sizes_are_checked_by_the_nuclei(data: Path, tmp_path: Path) -> No
         image = next(row["image"] for row in csv.DictReader(file) if row["sample_id"] == "cpm15_06")
     Image.new("RGB", (60, 60), "white").save(tmp_path / "white.png")
     (tmp_path / "run.toml").write_text('[infer]\nruntime = "torch"\nthreads = 1\n')
-    declared = {"fourfold": 1.0, "absurd": 15.0}
+    declared = {"fourfold": 1.0, "absurd": 13.0, "coarse": 18.0}
     rows = [f"{data / 'nuclei' / image},{name},{mpp}\n" for name, mpp in declared.items()]
     (tmp_path / "cohort.csv").write_text("path,slide_id,mpp\n" + "".join(rows) + "white.png,white,0.25\n")
     result = CliRunner().invoke(
         app, ["plan", str(tmp_path / "cohort.csv"), "--check-scale", "--config", str(tmp_path / "run.toml")]
     )
     assert result.exit_code == 0, result.output
-    said = dict(line.strip().split(": ", 1) for line in result.stdout.splitlines()[-3:])
+    said = dict(line.strip().split(": ", 1) for line in result.stdout.splitlines()[-4:])
     assert said["fourfold"].startswith("warning: the nuclei fit 0.25 µm better than the given 1 (")
     assert said["fourfold"].endswith("put 0.25 into the column mpp of the cohort")
-    assert said["absurd"].startswith("warning: the pixel size of 15 µm is not confirmed: no usual one gives enough")
+    assert said["absurd"].startswith("warning: the pixel size of 13 µm is not confirmed: no usual one gives enough")
+    assert said["coarse"].startswith("warning: the pixel size of 18 µm is not confirmed: it gives fewer than 5 nuclei")
     assert said["white"] == "pixel size not checked, because no tissue was found"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,23 +18,34 @@ from hover_batch.model.predict import Predictor
 from hover_batch.nuclei.watershed import SobelConstants, instance_map
 
 
+@pytest.fixture(scope="module")
+def image(data: Path) -> np.ndarray:
+    return np.ascontiguousarray(cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[..., ::-1])
+
+
+def instances(image: np.ndarray, **settings: Any) -> np.ndarray:
+    """Return the starter's nuclei in `image`, with `settings` of the network."""
+    package = find_package("starter")
+    maps = predict_image(Predictor(load_network(package), package.card, InferSettings(device="cpu", **settings)), image)
+    return instance_map(maps[0], maps[1], maps[2], SobelConstants.from_json(package.card.sobel))
+
+
+@pytest.fixture(scope="module")
+def exact(image: np.ndarray) -> np.ndarray:
+    """Nuclei of fp32 with torch."""
+    return instances(image, precision="fp32", runtime="torch")
+
+
 @pytest.mark.parametrize(("short", "at_least"), [("fp16", 0.999), ("bf16", 0.95)])
-def test_short_precisions_find_the_nuclei_of_fp32(data: Path, short: Precision, at_least: float) -> None:
+def test_short_precisions_find_the_nuclei_of_fp32(
+    image: np.ndarray, exact: np.ndarray, short: Precision, at_least: float
+) -> None:
     """`auto` chooses fp16 on a GPU; bf16 is less precise and must be requested."""
     capabilities = torch.cpu.get_capabilities()
     if short == "bf16" and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         pytest.skip("this processor computes no bf16 by itself")
-    package = find_package("starter")
-    constants = SobelConstants.from_json(package.card.sobel)
-    image = cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[:512, :512, ::-1]
-
-    def instances(precision: Precision) -> np.ndarray:
-        settings = InferSettings(precision=precision, device="cpu", threads=1)
-        maps = predict_image(Predictor(load_network(package), package.card, settings), np.ascontiguousarray(image))
-        return instance_map(maps[0], maps[1], maps[2], constants)
-
-    exact, found = instances("fp32"), instances(short)
-    assert exact.max() > 50
+    found = instances(image, precision=short, threads=1)
+    assert exact.max() > 500
     quality = panoptic_quality(exact, found)
     print(f"\nPQ of {short} against fp32: {quality.pq:.4f}, {exact.max()} and {found.max()} nuclei")
     assert quality.pq >= at_least
@@ -63,18 +75,8 @@ def test_overflows_of_fp16_are_computed_in_fp32() -> None:
 
 
 @pytest.mark.parametrize("other", ["openvino", pytest.param("compile", marks=pytest.mark.slow)])
-def test_other_runtimes_find_the_nuclei_of_torch(data: Path, other: Runtime) -> None:
-    package = find_package("starter")
-    constants = SobelConstants.from_json(package.card.sobel)
-    image = np.ascontiguousarray(cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[..., ::-1])
-    found = []
-    runtimes: tuple[Runtime, ...] = ("torch", other)
-    for runtime in runtimes:
-        settings = InferSettings(runtime=runtime, device="cpu")
-        maps = predict_image(Predictor(load_network(package), package.card, settings), image)
-        found.append(instance_map(maps[0], maps[1], maps[2], constants))
-    torchs, others = found
-    assert torchs.max() > 100 and panoptic_quality(torchs, others).pq >= 0.999
+def test_other_runtimes_find_the_nuclei_of_torch(image: np.ndarray, exact: np.ndarray, other: Runtime) -> None:
+    assert panoptic_quality(exact, instances(image, runtime=other)).pq >= 0.999
 
 
 @pytest.mark.parametrize(
@@ -86,14 +88,12 @@ def test_other_runtimes_find_the_nuclei_of_torch(data: Path, other: Runtime) -> 
         pytest.param("auto", "compile", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
-def test_the_number_of_threads_changes_no_bit(data: Path, precision: Precision, runtime: Runtime) -> None:
+def test_the_number_of_threads_changes_no_bit(image: np.ndarray, precision: Precision, runtime: Runtime) -> None:
     """So they are not part of the run key, and a run may resume with more or fewer cores."""
     package = find_package("starter")
-    image = cv2.imread(str(data / "nuclei" / "images" / "consep_train_09.png"))[:512, :512, ::-1]
     maps = []
     for threads in (1, 2, 3):
         settings = InferSettings(precision=precision, runtime=runtime, device="cpu", threads=threads)
-        maps.append(
-            predict_image(Predictor(load_network(package), package.card, settings), np.ascontiguousarray(image))
-        )
+        crop = np.ascontiguousarray(image[:512, :512])
+        maps.append(predict_image(Predictor(load_network(package), package.card, settings), crop))
     assert (maps[0] == maps[1]).all() and (maps[0] == maps[2]).all()
