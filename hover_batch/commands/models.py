@@ -26,7 +26,7 @@ from hover_batch.model.cache import (
     is_package_name,
 )
 from hover_batch.model.card import Card
-from hover_batch.model.hub_card import listed_entries, nested
+from hover_batch.model.hub_card import earlier_data, listed_entries, nested
 from hover_batch.model.package import Package, find_package, load_tensors, save_package
 from hover_batch.model.published import COSTS, KINDS
 
@@ -333,6 +333,7 @@ def describe(card: Card) -> list[str]:
         "Sobel constants": calibration,
         "seams": _SEAMS[card.seam_exact],
         "seen": card.training.get("seen") or listed_entries(nested(card.training, "data", "train")),
+        "started from": earlier_data(card),
         "recognised": card.training.get("recognised"),
         "source": listed_entries(nested(card.training, "source")),
         "licence": card.licence,

@@ -73,6 +73,7 @@ def _body(package: Package, scores: list[tuple[str, str, str, float]]) -> str:
         "input": card.input_scaling,
         "classes": ", ".join(c.name for c in card.taxonomy.nuclei),
         "trained on": seen,
+        "started from": earlier_data(card),
         "note": card.training.get("note"),
         "sha256 of the file": package.sha256,
         "sha256 of the weights": card.weights_sha256,
@@ -124,6 +125,12 @@ def nested(values: Mapping[str, Any], *path: str) -> Mapping[str, Any]:
             return {}
         values = inner
     return values
+
+
+def earlier_data(card: Card) -> str:
+    """Return the data that the initial weights of the model were trained on, as a clause; empty if not others."""
+    before = listed_entries(nested(card.training, "before", "data", "train"))
+    return f"weights trained on {before}" if before != listed_entries(nested(card.training, "data", "train")) else ""
 
 
 def listed_entries(values: Mapping[str, Any]) -> str:

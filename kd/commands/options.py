@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -74,13 +75,13 @@ Address = Annotated[
 ]
 
 
-def check_package_file(out: Path) -> None:
+def check_package_file(out: Path, read: Iterable[Path] = ()) -> None:
     """Check that the package file `out` can be written. Missing folders are created.
 
-    Call this before a long computation.
+    Call this before a long computation. `read`: files that must not change.
 
-    Raises InputError if the name does not end in .safetensors, or the file cannot be written.
+    Raises InputError if the name does not end in .safetensors, or the file cannot be written or is one of `read`.
     """
     if out.suffix != ".safetensors":  # also of upper case, which `find_package` does not find
         raise InputError(f"-o {out}: the name of a package must end in .safetensors; add it")
-    check_output_file("-o", out, (".safetensors",), make_folder=True)
+    check_output_file("-o", out, (".safetensors",), read, make_folder=True)

@@ -37,7 +37,7 @@ def package(
 
     hover-batch kd package a/checkpoint.pt b/checkpoint.pt --data annotated.zarr -o mean.safetensors
     """
-    check_package_file(out)
+    check_package_file(out, checkpoints)
     from kd.package import make_package
 
     typer.echo(make_package(checkpoints, data, out))

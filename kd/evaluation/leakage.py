@@ -126,7 +126,8 @@ def _records(who: str, training: Training) -> Iterator[_Record]:
         kind = _IMAGE if "whole data set" in seen or "seen all of it" in seen else _DOUBT
         yield _Record(kind, f"{who} has seen: {seen}", _named_in(seen))
     if before := training.get("before"):
-        yield from (replace(record, earlier=True) for record in _records(f"what {who} started from", before))
+        origin = who if who.startswith("what ") else f"what {who} started from"
+        yield from (replace(record, earlier=True) for record in _records(origin, before))
     if teacher := training.get("teacher"):
         yield from _records("the teacher" if who == "the model" else f"{who}'s teacher", teacher.get("training") or {})
 

@@ -69,8 +69,8 @@ def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, f
     for source in relative:
         if source not in areas:
             raise InputError(
-                f"--source {source}: {config.data} has no training images of this source; leave it out, or give other "
-                "--data or --fold"
+                f"--source {source}: {config.data} has no training images of this source; give --source NAME=SHARE for "
+                f"the sources that it has ({', '.join(sorted(areas))}) only, or other --data or --fold"
             )
     if not relative:
         folds = ", ".join(folds_of(config.data))

@@ -42,8 +42,9 @@ def cut_of(network: nn.Module) -> int:
 def starting_network(config: TrainConfig, taxonomy: Taxonomy) -> tuple[nn.Module, dict[str, Any]]:
     """Return the network of `config` with its initial weights, on the CPU, and the origin of the weights for the card.
 
-    The origin is the training record of the package `config.init`, or {"encoder": source and licence} for ImageNet
-    weights from PyPI; otherwise it is empty. Other ImageNet weights are downloaded, unless they are cached.
+    The origin is the training record of the package `config.init`, with its `licence` and `sha256`, or {"encoder":
+    source and licence} for ImageNet weights from PyPI; otherwise it is empty. Other ImageNet weights are downloaded,
+    unless they are cached.
 
     `config`: settings of the training. `taxonomy`: classes of the network.
 
@@ -89,10 +90,16 @@ def _load_package(init: Path, config: TrainConfig, taxonomy: Taxonomy, network: 
     package = find_package(str(init), "--init")
     card = package.card
     encoder = config.encoder if config.model in ENCODERS else ""
-    if (card.architecture, card.encoder, card.taxonomy.classes) != (config.model, encoder, taxonomy.classes):
+    if (card.architecture, card.encoder) != (config.model, encoder):
+        theirs, ours = (
+            f"--model {m}" + (f" --encoder {e}" if e else "")
+            for m, e in ((card.architecture, card.encoder), (config.model, encoder))
+        )
+        raise InputError(f"--init {init}: has the network {theirs}, and this training {ours}; give the same for both")
+    if card.taxonomy.classes != taxonomy.classes:
+        theirs, ours = (", ".join(c.name for c in t.nuclei) for t in (card.taxonomy, taxonomy))
         raise InputError(
-            f"--init {init}: has another network ({f'{card.architecture} {card.encoder}'.rstrip()}) or other classes "
-            f"({', '.join(c.name for c in card.taxonomy.nuclei)}) than this training; give a package with the same ones"
+            f"--init {init}: has the classes {theirs}, and the data {ours}; give a package with the classes of the data"
         )
     try:
         network.load_state_dict(load_network(package).state_dict())
@@ -101,7 +108,7 @@ def _load_package(init: Path, config: TrainConfig, taxonomy: Taxonomy, network: 
             f"--init {init}: its weights do not fit the network ({str(error).splitlines()[1].strip()[:200]}); give "
             "another package, or another --width"
         ) from error
-    return {**card.training, "licence": card.licence}
+    return {**card.training, "licence": card.licence, "sha256": package.sha256}
 
 
 def _imagenet(encoder: str) -> Mapping[str, Tensor]:

@@ -14,10 +14,17 @@ from torch import Tensor
 
 from hover_batch.errors import InputError
 from hover_batch.model.checkpoint import DAMAGED
+from hover_batch.model.package import not_finite
 from kd.training.state import read_checkpoint
 
-NETWORK = ("model", "encoder", "width")
-"""Settings that determine the network, apart from its classes."""
+COMMON = {
+    "taxonomy": "classes",
+    "saw": "images",
+    "truth_sha256": "annotations or their order",
+    "teacher": "teacher",
+    "before": "initial weights",
+}
+"""Keys of `record_of` whose values must be equal → what they describe, for messages."""
 
 
 def read_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
@@ -32,41 +39,54 @@ def read_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
     Raises InputError if a checkpoint cannot be read, one is given twice, or they cannot be averaged; OSError if a file
     cannot be read.
     """
-    first, *others = (read_checkpoint(path) for path in paths)
-    if not others:
+    first_path, *other_paths = paths
+    first = read_checkpoint(first_path)
+    if not other_paths:
         return {**first, "mean_of": []}
-    try:
-        for path, other in zip(paths[1:], others, strict=True):
-            _check(path, other, paths[0], first)
-        averaged = [first, *others]
-        trainings = [{"steps": saved["step"], "settings": saved["config"]} for saved in averaged]
-        for i, training in enumerate(trainings):
-            if training in trainings[:i]:
+    weights: list[Mapping[str, Tensor]] = []
+    trainings: list[dict[str, Any]] = []
+    for path in paths:
+        # Of the others, nothing else is kept, since the state of an optimiser is larger than the weights.
+        saved = first if path == first_path else read_checkpoint(path)
+        try:
+            training = {"steps": saved["step"], "settings": saved["config"]}
+            if training in trainings:
                 same = paths[trainings.index(training)]
-                raise InputError(f"{paths[i]}: is the same training as {same}; give each checkpoint once")
-        shipped = {name: _mean([saved["shipped"][name] for saved in averaged]) for name in first["shipped"]}
-    except DAMAGED as error:
-        raise InputError(
-            f"{', '.join(map(str, paths))}: weights do not fit the settings; train again with another --out"
-        ) from error
+                raise InputError(f"{path}: is the same training as {same}; give each checkpoint once")
+            _check(path, saved, first_path, first)
+        except DAMAGED as error:
+            raise InputError(
+                f"{path}: its weights do not fit its settings; leave it out, or train again with another --out"
+            ) from error
+        trainings.append(training)
+        weights.append(saved["shipped"])
+    shipped = {name: _mean([tensors[name] for tensors in weights]) for name in weights[0]}
     return {**first, "shipped": shipped, "mean_of": trainings}
 
 
 def _check(path: Path, saved: Mapping[str, Any], first_path: Path, first: Mapping[str, Any]) -> None:
-    """Check that the checkpoint `saved` in `path` can be averaged with `first`. Raises InputError if it cannot."""
-    if [saved["config"][name] for name in NETWORK] != [first["config"][name] for name in NETWORK]:
+    """Check that the checkpoint `saved` in `path` can be averaged with `first`.
+
+    Raises InputError if it cannot, and exceptions of DAMAGED if its content is invalid.
+    """
+    shapes, shapes_of_first = ({n: t.shape for n, t in content["shipped"].items()} for content in (saved, first))
+    if saved["config"]["model"] != first["config"]["model"] or shapes != shapes_of_first:
+        raise InputError(f"{path}: has a different network from {first_path}; package them separately")
+    for key, what in COMMON.items():
+        if saved["record"][key] != first["record"][key]:
+            raise InputError(
+                f"{path}: differs from {first_path} in its {what}; give checkpoints of trainings with the same --data, "
+                "--teacher and --init, or package them separately"
+            )
+    if saved["config"]["init"] is None:
         raise InputError(
-            f"{path}: has a different network from {first_path} (--model or --encoder); package them separately"
+            f"{path}: was trained without --init, and only trainings with the same --init can be averaged; package it "
+            "alone"
         )
-    if saved["record"] != first["record"]:
+    if broken := not_finite(saved["shipped"]):
         raise InputError(
-            f"{path}: its images, annotations, classes, teacher or initial weights are not those of {first_path}; give "
-            "checkpoints of trainings with the same --data, --teacher and --init, or package them separately"
-        )
-    if first["config"]["init"] is None:
-        raise InputError(
-            f"{path} and {first_path}: were trained without --init, and the mean of networks that began with different "
-            "random weights is useless; give checkpoints of trainings with the same --init, or package them separately"
+            f"{path}: {broken} holds values that are not finite, because the training has diverged; leave it out, or "
+            "train it again with a lower --lr"
         )
 
 

@@ -116,6 +116,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises InputError if there is no such file, it is not a checkpoint, or an older version wrote it; OSError if it
     cannot be read.
     """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give its {CHECKPOINT}")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; write one with `hover-batch kd train`")
     try:

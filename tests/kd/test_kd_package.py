@@ -113,29 +113,39 @@ def test_several_checkpoints_give_the_mean_of_their_weights(two, config, tmp_pat
     assert training["note"].startswith("The weights are the mean of those of 2 trainings. ")
 
 
-def test_what_cannot_be_averaged_is_refused(two, tmp_path):
+def test_what_cannot_be_averaged_is_refused(two, config, tmp_path):
     saved = torch.load(two[1], weights_only=True)
     other = tmp_path / "other.pt"
-    record, bias = saved["record"], saved["shipped"]["segmentation_head.0.bias"]
+    settings, record, shipped = saved["config"] | {"seed": 9}, saved["record"], saved["shipped"]
+    name = "segmentation_head.0.bias"
+    bias = shipped[name]
     for changed, message in (
-        ({}, r"other\.pt: is the same training as .*8\.pt"),
-        ({"config": saved["config"] | {"encoder": "mit_b2"}}, r"other\.pt: has a different network from .*7\.pt"),
-        ({"record": record | {"before": {"steps": 2}}}, r"other\.pt: its .* initial weights are not those of .*7\.pt"),
-        ({"record": record | {"truth_sha256": {}}}, r"other\.pt: its images, annotations"),
-        (
-            {"step": 2, "shipped": saved["shipped"] | {"segmentation_head.0.bias": bias[:1]}},
-            "7.pt, .* weights do not fit the settings",
-        ),
-        ({"config": []}, "7.pt, .* weights do not fit the settings"),
+        ({"config": saved["config"]}, r"is the same training as .*8\.pt; give each checkpoint once"),
+        ({"config": settings | {"model": "dist"}}, r"has a different network from .*7\.pt"),
+        ({"shipped": shipped | {name: bias[:1]}}, "has a different network"),
+        ({"shipped": {n: t for n, t in shipped.items() if n != name}}, "has a different network"),
+        ({"shipped": shipped | {name: bias + torch.nan}}, f"{name} holds values that are not finite"),
+        ({"shipped": None}, "its weights do not fit its settings; leave it out"),
+        ({"config": []}, "its weights do not fit its settings"),
+        ({"record": record | {"before": {"sha256": "another"}}}, r"differs from .*7\.pt in its initial weights"),
+        ({"record": record | {"teacher": None}}, "in its teacher"),
+        ({"record": record | {"truth_sha256": {}}}, "in its annotations or their order"),
+        ({"record": record | {"saw": {}}}, "in its images"),
+        ({"record": {}}, "its weights do not fit its settings"),
     ):
-        torch.save(saved | changed, other)
-        with pytest.raises(InputError, match=message):
+        torch.save(saved | {"config": settings} | changed, other)
+        with pytest.raises(InputError, match=rf"other\.pt: .*{message}"):
             read_checkpoints([*two, other])
-    for seed in (1, 2):
-        settings = saved["config"] | {"init": None, "seed": seed}
-        torch.save(saved | {"config": settings}, tmp_path / f"{seed}.pt")
-    with pytest.raises(InputError, match=r"2\.pt and .*1\.pt: were trained without --init"):
-        read_checkpoints([tmp_path / "1.pt", tmp_path / "2.pt"])
+    # Without --init, all began with different random weights.
+    torch.save(saved | {"config": settings | {"init": None}}, other)
+    torch.save(saved | {"config": settings | {"init": None, "seed": 1}}, tmp_path / "first.pt")
+    with pytest.raises(InputError, match=r"first\.pt: was trained without --init"):
+        read_checkpoints([tmp_path / "first.pt", other])
+    with pytest.raises(InputError, match=r"two.*: is a folder; give its checkpoint\.pt"):
+        read_checkpoints([two[0], two[0].parent])
+    two[1].rename(given := two[1].with_suffix(".safetensors"))
+    with pytest.raises(InputError, match=r"-o .*8\.safetensors: is .*8\.safetensors, which must not change"):
+        package_command([two[0], given], config.data, given)
 
 
 def test_a_trained_teacher_becomes_a_package_that_predicts(config, tmp_path):

@@ -74,7 +74,7 @@ def test_images_are_known_by_their_pixels_whatever_they_are_called() -> None:
 
 def test_what_came_before_and_the_teachers_count() -> None:
     grown = saw(train=[C]) | {
-        "before": saw(train=[A]),
+        "before": {"before": saw(train=[A])},
         "teacher": {"name": "t", "sha256": "0", "training": saw(val=[B]) | {"teacher": {"training": saw(train=[A])}}},
     }
     assert told(grown, A, B) == [

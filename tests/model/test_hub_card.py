@@ -9,6 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from hover_batch.cli import app
+from hover_batch.commands.models import describe
 from hover_batch.model.hub_card import hub_card
 from hover_batch.model.package import Package, find_package
 
@@ -47,6 +48,15 @@ def test_huggingface_reads_the_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(hub_card(STARTER))
     read = ModelCard.load(tmp_path / "README.md")
     assert read.data.license == "cc-by-nc-sa-4.0" and read.data.eval_results
+
+
+def test_the_data_of_the_initial_weights_are_named() -> None:
+    training = {"data": {"train": {"ours": {"images": 2}}}, "before": STARTER.card.training}
+    card = replace(STARTER.card, training=training)
+    said = "weights trained on consep 18 images"
+    assert f"| started from | {said}" in hub_card(Package(STARTER.path, card, STARTER.sha256))
+    assert any(line.startswith(f"  started from: {said}") for line in describe(card))
+    assert not any("started from" in line for line in describe(STARTER.card)), "it began on the same data"
 
 
 def test_values_of_a_card_are_escaped() -> None:
