@@ -70,7 +70,7 @@ def source_shares(config: TrainConfig, samples: Sequence[Sample]) -> dict[str, f
         if source not in areas:
             raise InputError(
                 f"--source {source}: {config.data} has no training images of this source; give --source NAME=SHARE for "
-                f"the sources that it has ({', '.join(sorted(areas))}) only, or other --data or --fold"
+                f"the sources that it has ({', '.join(sorted(areas)) or 'none'}) only, or other --data or --fold"
             )
     if not relative:
         folds = ", ".join(folds_of(config.data))

@@ -124,9 +124,17 @@ def test_imagenet_comes_through_smp_and_a_failure_names_the_way_out(weights, mon
 
 
 @pytest.mark.parametrize(
-    ("given", "taxonomy"),
-    [({"encoder": "mit_b1"}, CONSEP), ({"model": "hovernet-fast"}, CONSEP), ({}, PANNUKE)],
+    ("given", "taxonomy", "message"),
+    [
+        ({"encoder": "mit_b1"}, CONSEP, "tf_efficientnet_lite0, and this training --model unet --encoder mit_b1;"),
+        ({"model": "hovernet-fast"}, CONSEP, "and this training --model hovernet-fast; give the same for both"),
+        (
+            {"encoder": "tu-tf_efficientnet_lite0"},
+            PANNUKE,
+            "has the classes miscellaneous, .*, and the data neoplastic,",
+        ),
+    ],
 )
-def test_a_package_of_another_network_is_no_start(given, taxonomy):
-    with pytest.raises(InputError, match="--init"):
+def test_a_package_of_another_network_is_no_start(given, taxonomy, message):
+    with pytest.raises(InputError, match=f"--init .*{message}"):
         starting_network(config(init=find_package("starter").path, **given), taxonomy)
