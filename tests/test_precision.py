@@ -85,25 +85,15 @@ def test_other_runtimes_find_the_nuclei_of_torch(image: np.ndarray, exact: np.nd
         ("fp32", "torch"),
         pytest.param("bf16", "torch", marks=pytest.mark.slow),  # which some processors emulate
         ("auto", "openvino"),
-        pytest.param(
-            "auto",
-            "compile",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.timeout(1800),
-                pytest.mark.xfail(
-                    reason="on some processors, a few of 2.6 million bytes differ between 1 and 2 threads"
-                ),
-            ],
-        ),
+        pytest.param("auto", "compile", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
 def test_the_number_of_threads_changes_no_bit(image: np.ndarray, precision: Precision, runtime: Runtime) -> None:
     """So they are not part of the run key, and a run may resume with more or fewer cores."""
     package = find_package("starter")
+    crop = np.ascontiguousarray(image[:512, :512])
     maps = []
     for threads in (1, 2, 3):
         settings = InferSettings(precision=precision, runtime=runtime, device="cpu", threads=threads)
-        crop = np.ascontiguousarray(image[:512, :512])
         maps.append(predict_image(Predictor(load_network(package), package.card, settings), crop))
     assert (maps[0] == maps[1]).all() and (maps[0] == maps[2]).all()
